@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lab_source import definitions
 
 import tinylm.model
+from lab_source import definitions
 from tinylm.model import Config
 
 lab = definitions("00_tiny_model")

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+
 from tinylm import checkpoint
 from tinylm.checkpoint import SHIPPED, from_hf, load, read_card, save, to_hf
 from tinylm.data import VALIDATION_PLAYS, VOCAB_SIZE, encode, shakespeare

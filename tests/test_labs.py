@@ -20,6 +20,8 @@ import build  # noqa: E402
 SOURCES = build.sources([])
 # Of the code cells, at most this share may have outputs that are not compared (plots included).
 IGNORED_SHARE = 0.4
+# Characters that a code cell shows on a page without scrolling sideways.
+CODE_WIDTH = 90
 
 each_lab = pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
 
@@ -113,6 +115,13 @@ def test_few_outputs_go_uncompared_and_asserts_hold_those(source):
         if {"timing", "trained"} & set(cell.metadata.tags):
             asserts = [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.Assert)]
             assert asserts, f"this cell's output is not compared, and no assert holds its claim:\n{cell.source}"
+
+
+@each_lab
+def test_code_fits_the_page(source):
+    for cell in code_cells(built(source)):
+        long = [line for line in cell.source.splitlines() if len(line) > CODE_WIDTH and cell.source != build.SETUP]
+        assert not long, long
 
 
 @each_lab

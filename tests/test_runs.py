@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from tinylm import runs
 from tinylm.runs import read_records, run_all, run_key
 
@@ -160,6 +161,7 @@ run_all([{"seed": s} for s in range(8)], function, sys.argv[1])
 """
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 def test_killed_and_started_again_loses_nothing_and_repeats_nothing(tmp_path):
     command = [sys.executable, "-c", SWEEP, str(tmp_path), str(log := tmp_path / "log")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

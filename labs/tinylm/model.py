@@ -108,9 +108,11 @@ def rotary_table(head_dim: int, max_len: int, theta: float) -> tuple[Tensor, Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of channels (i, i + d/2) by its position's angle. x: (b, h, t, d); cos, sin: (t, d / 2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    """Turn each pair of channels (i, i + d/2) by its position's angle. x: (b, t, h, d); cos, sin: (t, 1, d).
+
+    (a, b) becomes (a cos - b sin, b cos + a sin): roll swaps a and b, and the first half of `sin` brings its minus sign.
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class Attention(nn.Module):
@@ -127,9 +129,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
         d = self.config.head_dim
-        q = rotate(rearrange(self.q_proj(x), "b t (h d) -> b h t d", d=d), cos, sin)
-        k = rotate(rearrange(self.k_proj(x), "b t (g d) -> b g t d", d=d), cos, sin)
-        v = rearrange(self.v_proj(x), "b t (g d) -> b g t d", d=d)
+        q = rotate(rearrange(self.q_proj(x), "b t (h d) -> b t h d", d=d), cos, sin)
+        k = rotate(rearrange(self.k_proj(x), "b t (g d) -> b t g d", d=d), cos, sin)
+        v = rearrange(self.v_proj(x), "b t (g d) -> b t g d", d=d)
+        q, k, v = (rearrange(z, "b t h d -> b h t d") for z in (q, k, v))  # last, so that rotate works on whole rows
         if cache is not None:
             k, v = cache.append(k, v)
         if k.shape[1] < q.shape[1]:
@@ -195,8 +198,9 @@ class TinyLlama(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         cos, sin = rotary_table(config.head_dim, config.max_len, config.rope_theta)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        # (max_len, 1, d): spread over both halves of the channels, and broadcast over the heads, as rotate wants them
+        self.register_buffer("cos", torch.cat([cos, cos], dim=-1)[:, None], persistent=False)
+        self.register_buffer("sin", torch.cat([-sin, sin], dim=-1)[:, None], persistent=False)
         self.init_weights()
         if config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
