@@ -186,7 +186,8 @@ def texts() -> dict[Path, str]:
 
 
 def test_no_file_names_a_place_on_somebodys_machine():
-    found = [(str(path), word) for path, text in texts().items() for word in PRIVATE if word in text]
+    exempt = Path("tests/test_labs.py")  # looks for the same words in notebooks
+    found = [(str(p), word) for p, text in texts().items() if p != exempt for word in PRIVATE if word in text]
     assert not found
 
 

@@ -251,15 +251,21 @@ def test_the_cache_changes_no_token(config, temperature, prompt_len, n, seed):
     assert torch.equal(fast[:, :prompt_len], prompt)
 
 
-def test_greedy_takes_the_most_likely_token_also_beyond_max_len():
-    model, n = make(SMALL), 30
-    out = model.generate(random_tokens(SMALL, 3), n, temperature=0)
-    start = 0
-    for i in range(3, 3 + n):
-        if i - start > SMALL.max_len:
-            start = i - SMALL.max_len // 2
-        assert out[i] == model(out[None, start:i])[0, -1].argmax()
-    assert start > 0
+def test_greedy_takes_the_most_likely_token():
+    model = make(SMALL)
+    out = model.generate(random_tokens(SMALL, 3), 9, temperature=0)
+    assert torch.equal(out[3:], model(out[None, :-1])[0, 2:].argmax(-1))
+
+
+def test_a_full_window_drops_its_older_half():
+    model, seen = make(SMALL), []
+    model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].clone()))
+    out = model.generate(random_tokens(SMALL, 10), 18, use_cache=False)
+    assert [w.shape[1] for w in seen] == [10, 11, 12, *range(6, 13), *range(6, 13), 6]
+    assert all(torch.equal(w[0], out[10 + i - w.shape[1] : 10 + i]) for i, w in enumerate(seen))
+    seen.clear()
+    model.generate(random_tokens(SMALL, 30), 1)
+    assert torch.equal(seen[0][0], random_tokens(SMALL, 30)[-12:])
 
 
 def test_prompts_of_a_batch_do_not_see_each_other():

@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from IPython.display import display
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 # One colour for one thing throughout the book (Okabe-Ito).
@@ -22,10 +23,24 @@ def use_style() -> None:
     plt.style.use(Path(__file__).parent / "tinylm.mplstyle")
 
 
+def legible(color: str) -> str:
+    """The colour, darkened until text in it has a contrast of 4.5 to 1 on the figures' ground (WCAG 2, AA)."""
+    rgb = to_rgb(color)
+    while (luminance(to_rgb(plt.rcParams["figure.facecolor"])) + 0.05) / (luminance(rgb) + 0.05) < 4.5:
+        rgb = tuple(0.95 * channel for channel in rgb)
+    return to_hex(rgb)
+
+
+def luminance(rgb: tuple[float, ...]) -> float:
+    """Relative luminance of an sRGB colour, 0 to 1 (WCAG 2)."""
+    linear = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb)
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
 def label(ax: Axes, x: float, y: float, text: str, color: str = INK, **kwargs) -> None:
     """Write a label beside a line or point, in its colour, instead of in a legend."""
     kwargs = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 9, **kwargs}
-    ax.annotate(text, (x, y), color=color, **kwargs)
+    ax.annotate(text, (x, y), color=legible(color), **kwargs)
 
 
 def reference_line(ax: Axes, y: float, text: str, color: str = MUTED) -> None:
@@ -33,7 +48,7 @@ def reference_line(ax: Axes, y: float, text: str, color: str = MUTED) -> None:
     ax.axhline(y, color=color, lw=1, ls=(0, (4, 3)), zorder=1)
     ax.annotate(
         text, (1, y), xycoords=ax.get_yaxis_transform(), xytext=(0, 3), textcoords="offset points", ha="right",
-        va="bottom", fontsize=8.5, color=color,
+        va="bottom", fontsize=8.5, color=legible(color),
     )  # fmt: skip
 
 
