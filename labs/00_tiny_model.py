@@ -453,6 +453,7 @@ print(f"counted by PyTorch: {counter.get_total_flops():,} = 3 x {forward:,}")
 # %%
 weights, training = 4 * n_params, 16 * n_params
 cache = 2 * n_layers * c * config.max_len * 4
+assert weights == sum(p.nbytes for p in model.parameters())
 assert cache == config.kv_cache_bytes(config.max_len)
 print(f"weights {weights / 1e3:.0f} kB, training state {training / 1e3:.0f} kB")
 print(f"KV cache at {config.max_len} tokens {cache / 1e3:.0f} kB")
@@ -644,6 +645,13 @@ for step in range(10):
     loss.backward()
     optimizer.step()
 assert loss < initial_loss - 0.5, "ten steps already teach which characters are common"
+held = 0
+for p in model.parameters():
+    state = optimizer.state[p]
+    held += (
+        p.nbytes + p.grad.nbytes + state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes
+    )
+assert held == training, "16 bytes a parameter, as counted"
 print(f"after ten steps the loss is below {math.ceil(loss.item() * 2) / 2}")
 
 # %% [markdown]
