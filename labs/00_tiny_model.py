@@ -566,9 +566,9 @@ axis.loglog(
     ls=(0, (4, 3)),
 )
 places = {
-    "product, one token": (-9, 5),
-    "RMSNorm": (9, -5),
-    "AdamW": (9, -8),
+    "product, one token": (9, -10),
+    "RMSNorm": (-9, 4),
+    "AdamW": (-9, -3),
     "attention": (8, -10),
     "product, batch": (-8, -10),
 }
@@ -602,13 +602,15 @@ label(
     INK,
     xytext=(6, -10),
 )
+cache_text = f"cache {cache_bandwidth / 1e9:.0f} GB/s"
 label(
     axis,
-    0.055,
-    0.055 * cache_bandwidth / 1e9,
-    f"cache {cache_bandwidth / 1e9:.0f} GB/s",
+    0.2,
+    0.2 * cache_bandwidth / 1e9,
+    cache_text,
     MUTED,
-    xytext=(8, -8),
+    xytext=(-8, 4),
+    ha="right",
 )
 axis.set(
     xlabel="arithmetic intensity (operations per byte)",
@@ -658,20 +660,20 @@ print(f"after ten steps the loss is below {math.ceil(loss.item() * 2) / 2}")
 # `tinylm.train` is that loop with what a real run needs: a learning rate that warms up and then falls along a cosine, clipped gradients, evaluation on text that was held out, a progress bar, and exact resumption. Keep a sample of what
 # the untrained model writes, then train it. **Commit to a guess** before you look: the frequencies of the characters alone, a model of 96 numbers, bring the loss down by more than one nat. After a minute, on plays it never saw, our model loses
 #
-# (a) 3.0 &emsp; (b) 2.5 &emsp; (c) 1.9 &emsp; (d) 0.5 nats?
+# (a) 3.0 &emsp; (b) 2.4 &emsp; (c) 1.7 &emsp; (d) 0.5 nats?
 
 
 # %%
-def write(model: nn.Module, prompt: str, n: int, seed: int = 0) -> str:
+def write(model, prompt: str, n: int, temperature: float = 0.7, seed: int = 0) -> str:
     """Sample n characters. Slow and obvious: a full pass for every one."""
     generator = torch.Generator().manual_seed(seed)
     tokens = encode(prompt)
     with torch.no_grad():
         for _ in range(n):
             logits = model(tokens[None, -model.config.max_len :])[0, -1]
-            tokens = torch.cat(
-                [tokens, torch.multinomial(logits.softmax(-1), 1, generator=generator)]
-            )
+            weights = (logits / temperature).softmax(-1)
+            new = torch.multinomial(weights, 1, generator=generator)
+            tokens = torch.cat([tokens, new])
     return decode(tokens)
 
 
@@ -689,9 +691,7 @@ report("live_loss", live_loss, "nats per character on held-out plays")
 report("live_seconds", history.seconds, "s of training")
 report("live_tokens", history.tokens, "characters seen")
 report("live_gflops", history.flops / history.seconds / 1e9, "GFLOP/s sustained")
-assert live_loss < 2.0 or budget_fraction() < 1, (
-    "a minute of training should reach 2.0 nats per character"
-)
+assert live_loss < 1.8 or budget_fraction() < 1, "a minute should bring it below 1.8"
 
 # %% [markdown]
 # To know what a loss means, hold it against simple models. The *unigram* model knows how often each character occurs, the *bigram* model how often it follows another. Both are counts over the training text, evaluated on the held-out plays:
@@ -717,6 +717,18 @@ assert big_loss < 1.45 and (live_loss < bigram_loss or budget_fraction() < 1)
 report("big_loss", big_loss, "nats per character, 800-thousand-parameter model")
 report("big_bits", big_loss / math.log(2), "bits per character")
 
+# %% [markdown]
+# Held-out plays are not equally hard. Each checkpoint's card says how it did on each of the four:
+
+# %%
+for name in ("shakespeare-30k", "shakespeare-800k"):
+    by_play = checkpoint.read_card(name)["val_loss_by_play"]
+    print(name, *(f"{play} {loss:.2f}" for play, loss in by_play.items()), sep="  ")
+
+# %% [markdown]
+# *Richard III* is the easiest for both. That it stood in the training text under another name would be the first suspicion, but no passage of 200 characters is shared (a test looks), and the model of 30 thousand parameters, too small to remember
+# passages, finds it easier too. It continues the three *Henry VI* plays, which are in the training text, with their persons, their headings and their phrases.
+
 # %% tags=["plot"]
 figure, axis = plt.subplots()
 seen = [
@@ -734,7 +746,7 @@ label(
     *held_out[-1],
     f"held-out plays {live_loss:.2f}",
     VERMILION,
-    xytext=(0, -14),
+    xytext=(0, 13),
     ha="right",
 )
 label(
@@ -753,14 +765,14 @@ axis.set(
     xlabel="million characters seen",
     ylabel="loss (nats per character)",
     title="A minute of training, 30 thousand parameters",
-    ylim=(1.25, 4.75),
+    ylim=(1.1, 4.75),
 )
 show(
     figure,
     "fig_training",
     "Loss against characters seen for the 30-thousand-parameter model. It starts at "
     "4.6 nats, the uniform level, falls within the first half million characters "
-    "below the levels of unigram and bigram counts, and then flattens near 2 nats, well "
+    "below the levels of unigram and bigram counts, and then flattens between 1.6 and 1.8 nats, "
     "above the dashed line of the 800-thousand-parameter model.",
 )
 
@@ -783,13 +795,14 @@ assert sample_after.count(" ") > 3 * sample_before.count(" "), (
 )
 
 # %% [markdown]
-# A minute gives line breaks, speakers in capitals and short words. The larger model, with the same code and a longer run, gives lines that scan, if not sense. It is `tinylm.model`'s, which computes each new position alone
+# A *temperature* below 1 sharpens the distribution: fewer accidents, less variety. A minute of training gives speakers in capitals, lines of the right length and mostly words. The larger model, with the same code and a longer run, gives
+# phrases that hold together for a line or two, if not sense. It is `tinylm.model`'s, which computes each new position alone
 # and keeps the keys and values of the earlier ones in a cache:
 
 # %% tags=["trained"]
 started = time.perf_counter()
 text = data.decode(
-    big.generate(data.encode("**HAMLET**  \n"), 600, temperature=0.7, seed=1)
+    big.generate(data.encode("**HAMLET**  \n"), 600, temperature=0.7, seed=0)
 )
 speed = 600 / (time.perf_counter() - started)
 print(text)

@@ -2,7 +2,8 @@
 
 Both models have the same weights at the start, see the same batches, return the same loss (asserted) and are trained by
 the same step: fused AdamW with decay on matrices only, clipping, the loss read back. The contenders take turns step by
-step, so that a change of the machine's speed falls on all of them; medians and interquartile ranges over the steps.
+step, so that a change of the machine's speed falls on all of them; medians and interquartile ranges over the steps. The
+ratio (above 1: ours is faster) is the median over the turns of their seconds by ours, taken in the same turn.
 The peak is that of a float32 matrix product large enough to be compute-bound, timed in between the steps.
 """
 
@@ -12,6 +13,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ from transformers import LlamaForCausalLM
 from tinylm.checkpoint import to_hf
 from tinylm.data import VOCAB_SIZE, random_windows, shakespeare
 from tinylm.device import describe
+from tinylm.files import replacing
 from tinylm.model import Config, TinyLlama
 from tinylm.train import TrainConfig, make_optimizer
 
@@ -83,12 +86,12 @@ def measure(config: Config, batch_size: int, seq_len: int, n: int, bar: tqdm) ->
     a, b = torch.randn(2, PEAK_SIZE, PEAK_SIZE)
     torch.mm(a, b)
     times, products = {key: [] for key in steps}, []
-    for window in windows[WARM_UP:]:
+    for i, window in enumerate(windows[WARM_UP:]):
         for key, step in steps.items():
             started = time.perf_counter()
             step(window)
             times[key].append(time.perf_counter() - started)
-        if len(products) < 16:
+        if i % max(1, n // 16) == 0:
             started = time.perf_counter()
             torch.mm(a, b)
             products.append(time.perf_counter() - started)
@@ -100,31 +103,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", default=list(SIZES), help=f"of {', '.join(SIZES)}; all by default")
     parser.add_argument("--quick", action="store_true", help="a quarter of the steps")
+    parser.add_argument("--out", type=Path, help="a file to write the table to as well")
     arguments = parser.parse_args()
     if unknown := set(arguments.sizes) - set(SIZES):
         parser.error(f"unknown sizes {sorted(unknown)}; choose from {', '.join(SIZES)}")
     plan = {size: SIZES[size] for size in arguments.sizes}
     if arguments.quick:
         plan = {size: (*rest, max(8, n // 4)) for size, (*rest, n) in plan.items()}
-    print(describe())
-    print(f"{'size':5} {'parameters':>10} {'':9} {'ours':>26} {'transformers':>26} {'ratio':>6} {'of peak':>8}")
-    print(f"{'tokens per second, median (quartiles)':>53} {'(quartiles)':>26}")
+    lines = [
+        "thousand tokens per second, medians; ratios with their quartiles; share of the float32 peak",
+        f"{'':15}{'ours':>7}{'library':>9}   {'ratio':18}{'of peak':>7}   against the library uncompiled",
+    ]
     with tqdm(total=sum(WARM_UP + n for *_, n in plan.values()), unit="step") as bar:
         for size, (config, batch_size, seq_len, n) in plan.items():
             times, products = measure(config, batch_size, seq_len, n, bar)
             peak = 2 * PEAK_SIZE**3 / statistics.median(products)
-            per_step = batch_size * seq_len
             for mode in ("eager", "compiled"):
-                median, cells = {}, []
-                for who in ("ours", "theirs"):
-                    low, median[who], high = statistics.quantiles(times[who, mode], n=4)
-                    cells.append(f"{per_step / median[who]:,.0f} ({per_step / high:,.0f}-{per_step / low:,.0f})")
-                share = batch_size * config.train_flops(seq_len) / median["ours"] / peak
-                bar.write(
-                    f"{size:5} {config.n_params():10,} {mode:9} {cells[0]:>26} {cells[1]:>26} "
-                    f"{median['theirs'] / median['ours']:6.2f} {share:8.1%}"
-                )
-            bar.write(f"{size:5} peak {peak / 1e9:.0f} GFLOP/s, {PEAK_SIZE} x {PEAK_SIZE} float32")
+                ours, theirs = (statistics.median(times[who, mode]) for who in ("ours", "theirs"))
+                speeds = [batch_size * seq_len / seconds / 1e3 for seconds in (ours, theirs)]
+                share = batch_size * config.train_flops(seq_len) / ours / peak
+                ratio = ratios(times["theirs", mode], times["ours", mode])
+                plain = ratios(times["theirs", "eager"], times["ours", mode]) if mode == "compiled" else ""
+                row = f"{speeds[0]:7.1f}{speeds[1]:9.1f}   {ratio:18}{share:7.0%}   {plain}"
+                lines.append(f"{size:5} {mode:9}{row}".rstrip())
+            lines.append(f"{size:5} {config.n_params():,} parameters; peak {peak / 1e9:.0f} GFLOP/s")
+    lines.append(", ".join(f"{k} {v}" for k, v in describe().items()))
+    text = "\n".join(lines) + "\n"
+    print(text, end="")
+    if arguments.out:
+        with replacing(arguments.out) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def ratios(theirs: list[float], ours: list[float]) -> str:
+    """The median and quartiles of theirs / ours, turn by turn."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(theirs, ours, strict=True)], n=4)
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
 if __name__ == "__main__":

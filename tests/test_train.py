@@ -132,15 +132,23 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(whole, again, strict=True))
 
 
-@pytest.mark.parametrize("change", [{"lr": 2e-2}, {"seed": 1}, {"steps": 13}, {"batch_size": 5}, {"shape": True}])
+@pytest.mark.parametrize(
+    "change",
+    [{"lr": 2e-2}, {"seed": 1}, {"steps": 13}, {"batch_size": 5}, {"shape": True}, {"data": True}, {"frozen": True}],
+)
 def test_the_checkpoint_of_another_run_is_refused(tmp_path, change):
     file, steps = tmp_path / "state", []
     with pytest.raises(Stop):
         go(fresh(), checkpoint=file, checkpoint_seconds=0, on_step=stop_at(3))
     before = file.read_bytes()
-    shape = dataclasses.replace(SHAPE, hidden_dim=25) if change.pop("shape", False) else SHAPE
-    with pytest.raises(ValueError, match="belongs to a run with other settings; delete it or name another file"):
-        go(fresh(shape), dataclasses.replace(RECIPE, **change), checkpoint=file, on_step=steps.append)
+    settings = {k: v for k, v in change.items() if v is not True}
+    model = fresh(dataclasses.replace(SHAPE, hidden_dim=25) if "shape" in change else SHAPE)
+    model.embed.requires_grad_("frozen" not in change)
+    data = TEXT.roll(1) if "data" in change else TEXT
+    with pytest.raises(
+        ValueError, match="belongs to a run with other settings or data; delete it or name another file"
+    ):
+        go(model, dataclasses.replace(RECIPE, **settings), data, checkpoint=file, on_step=steps.append)
     assert steps == [] and file.read_bytes() == before
 
 

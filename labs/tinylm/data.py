@@ -163,9 +163,10 @@ def fixed_windows(tokens: torch.Tensor, seq_len: int, limit: int | None = None) 
 class SyntheticLanguage:
     """A Markov chain of order k over V symbols whose entropy rate is known exactly.
 
-    P(x | c) is proportional to exp(sum_j scales[j-1] * G_j[c_j, x]), c_j the symbol j places back and G_j Gaussian, so
-    that nearer symbols matter more and a larger model keeps finding more to learn. The stationary distribution over
-    the V^k contexts comes from power iteration in float64.
+    P(x | c) is proportional to exp(sum_j scales[j-1] * G_j[last j symbols of c, x]) with a Gaussian table G_j of
+    V^j x V entries: each longer context corrects the shorter one a little, by a table V times as large, so that a
+    larger model keeps finding more to learn. The stationary distribution over the V^k contexts comes from power
+    iteration in float64.
 
     Attributes: `entropy_rate` (nats per token), `block_entropies[j]` (nats per token given the last j symbols).
     """
@@ -179,10 +180,8 @@ class SyntheticLanguage:
         self.seed, self.vocab_size, self.order, self.scales = seed, vocab_size, k, tuple(scales)
         rng = np.random.default_rng(seed)
         logits = np.zeros((vocab_size,) * (k + 1))
-        for back, scale in enumerate(scales, start=1):  # axis k is x, axis k - j the symbol j places back
-            shape = [1] * (k + 1)
-            shape[k - back], shape[k] = vocab_size, vocab_size
-            logits += scale * rng.standard_normal((vocab_size, vocab_size)).reshape(shape)
+        for j, scale in enumerate(scales, start=1):  # the last axis is x, the one before it the latest symbol
+            logits += scale * rng.standard_normal((vocab_size,) * (j + 1))  # broadcast over older symbols
         p = np.exp(logits - logits.max(-1, keepdims=True))
         self.transition = p / p.sum(-1, keepdims=True)  # (V, ..., V, x), oldest symbol first
         self.stationary = self._power_iteration()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -168,8 +169,9 @@ def train(
     device = model.embed.weight.device
     optimizer = make_optimizer(model, config)
     history = History()
+    run = _fingerprint(model, data, config, total)
     if checkpoint is not None and Path(checkpoint).exists():
-        history = _load_state(Path(checkpoint), model, optimizer, config, total)
+        history = _load_state(Path(checkpoint), model, optimizer, run)
     if history.steps >= total:
         return history
     loss_of = torch.compile(model.loss) if compile else model.loss
@@ -206,7 +208,7 @@ def train(
             if on_step is not None:
                 on_step(history.steps)
             if checkpoint is not None and (last or time.monotonic() - saved > checkpoint_seconds):
-                _save_state(Path(checkpoint), model, optimizer, config, total, history)
+                _save_state(Path(checkpoint), model, optimizer, run, history)
                 saved = time.monotonic()
     finally:
         bar.close()
@@ -243,29 +245,33 @@ def _refuse_bad_input(model: TinyLlama, data: Tensor | Stream, config: TrainConf
 # The state of an unfinished run is one safetensors file: weights, both moments, and the rest as JSON in its header.
 
 
-def _fingerprint(model: TinyLlama, config: TrainConfig, total: int) -> str:
-    return json.dumps({"model": model.config.to_dict(), "train": asdict(config), "total": total}, sort_keys=True)
+def _fingerprint(model: TinyLlama, data: Tensor | Stream, config: TrainConfig, total: int) -> str:
+    """What a run is made of: model, trained weights, settings, and the data by its first batch."""
+    first = hashlib.sha256(_batch(data, config, 0).cpu().numpy().tobytes()).hexdigest()
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    run = {"model": model.config.to_dict(), "trained": trained, "train": asdict(config), "total": total, "data": first}
+    return json.dumps(run, sort_keys=True)
 
 
-def _save_state(path: Path, model, optimizer, config: TrainConfig, total: int, history: History) -> None:
+def _save_state(path: Path, model, optimizer, run: str, history: History) -> None:
     names = {p: n for n, p in model.named_parameters()}
     tensors = {f"weight:{n}": p.detach().contiguous() for p, n in names.items()}
     for p, state in optimizer.state.items():
         tensors |= {f"{key}:{names[p]}": value.contiguous() for key, value in state.items()}
-    metadata = {"run": _fingerprint(model, config, total), "history": json.dumps(asdict(history))}
+    metadata = {"run": run, "history": json.dumps(asdict(history))}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
 
 
-def _load_state(path: Path, model, optimizer, config: TrainConfig, total: int) -> History:
+def _load_state(path: Path, model, optimizer, run: str) -> History:
     try:
         with safe_open(path, framework="pt") as f:
             metadata = f.metadata() or {}
             tensors = {key: f.get_tensor(key) for key in f.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable training checkpoint ({error}); delete it to start again") from error
-    if metadata.get("run") != _fingerprint(model, config, total):
-        raise ValueError(f"{path} belongs to a run with other settings; delete it or name another file")
+    if metadata.get("run") != run:
+        raise ValueError(f"{path} belongs to a run with other settings or data; delete it or name another file")
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(tensors[f"weight:{name}"])
