@@ -160,8 +160,8 @@ def rotate(
 
 
 # %% [markdown]
-# Two things follow from "a rotation by an angle proportional to position", and both are exact. A vector keeps its length. And the product of a query at $p$ with a key at $q$
-# depends on $p - q$ alone, since turning both by the same angle changes nothing: absolute angles make *relative* positions. We check it in float64, where rounding cannot hide a mistake:
+# Two things follow from "a rotation by an angle proportional to position", and both are exact. A vector keeps its length. And the product of a query at $p$ with a key at $p'$
+# depends on $p - p'$ alone, since turning both by the same angle changes nothing: absolute angles make *relative* positions. We check it in float64, where rounding cannot hide a mistake:
 
 # %%
 cos, sin = rotary_table(head_dim=16, max_len=256)

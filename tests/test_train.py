@@ -232,9 +232,23 @@ def test_nan_stops_the_run_and_spares_the_weights(tmp_path):
     with torch.no_grad():
         model.norm.weight[0] = math.nan
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 0: lower lr \(now 0.01\)"):
+    with pytest.raises(FloatingPointError, match=r"loss is nan and the gradient's norm nan at step 0: lower lr \(now 0.01\)"):
         go(model, checkpoint=tmp_path / "s", checkpoint_seconds=0)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True) if not q.isnan().any())
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_infinite_gradient_under_a_finite_loss_is_never_saved(tmp_path):
+    model = fresh()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.up_proj.weight *= 1e19
+            block.mlp.down_proj.weight *= 1e19
+    before = [p.clone() for p in model.parameters()]
+    assert model.loss(TEXT[None, :9]).isfinite()
+    with pytest.raises(FloatingPointError, match="gradient's norm (inf|nan) at step 0"):
+        go(model, checkpoint=tmp_path / "s", checkpoint_seconds=0)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert not (tmp_path / "s").exists()
 
 

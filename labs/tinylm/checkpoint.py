@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tinylm.device import default_device
 from tinylm.files import replacing, sha256, write_json
 from tinylm.model import Config, TinyLlama
 
@@ -40,11 +39,15 @@ def _fill(model: TinyLlama, tensors: dict[str, torch.Tensor], source: Path) -> T
         if t.shape != expected[name].shape:
             raise ValueError(f"{source}: {name} has shape {tuple(t.shape)}, the config asks for {tuple(expected[name].shape)}")
     model.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
-    return model.to(default_device()).eval()
+    return model.eval()
 
 
 def save(model: TinyLlama, folder: str | Path, card: dict | None = None) -> Path:
-    """Write `model.safetensors` and `card.json` (the config, the file's sha256 and whatever `card` adds)."""
+    """Write `model.safetensors` and `card.json` (the config, the file's sha256 and whatever `card` adds).
+
+    Each file is replaced whole, the card last: killed in between, an overwritten checkpoint no longer fits its card
+    and `load` refuses it.
+    """
     folder = Path(folder)
     with replacing(folder / "model.safetensors") as temporary:
         save_file(_tensors(model), temporary)
@@ -63,7 +66,7 @@ def read_card(name_or_folder: str | Path) -> dict:
 
 
 def load(name_or_folder: str | Path) -> TinyLlama:
-    """Load a shipped checkpoint by name, such as "shakespeare-800k", or a folder that `save` wrote.
+    """Load a shipped checkpoint by name, such as "shakespeare-800k", or a folder that `save` wrote; the model is on the CPU.
 
     Raises ValueError when the weights do not have the card's sha256 or do not fit its config.
     """

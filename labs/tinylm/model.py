@@ -67,7 +67,7 @@ class Config:
     def forward_flops(self, seq_len: int, causal: bool = False) -> int:
         """Floating-point operations of one forward pass over `seq_len` tokens; a multiply-add is two.
 
-        Counts matrix products only (99 % of the work and what PyTorch's counter counts): the linear layers, the
+        Counts matrix products only (most of the work, and what PyTorch's counter counts): the linear layers, the
         output head, and attention's QK^T and PV. `causal=False` counts the whole t x t square, as PyTorch does;
         `causal=True` only the t (t + 1) / 2 pairs that a causal kernel needs.
         """
@@ -250,7 +250,7 @@ class TinyLlama(nn.Module):
             raise ValueError("the prompt is empty; give at least one token")
         if temperature < 0 or (top_k is not None and top_k < 1) or n_tokens < 0:
             raise ValueError(f"need temperature >= 0, top_k >= 1, n_tokens >= 0; got {temperature}, {top_k}, {n_tokens}")
-        tokens = prompt.reshape(-1, prompt.shape[-1])
+        tokens = prompt.reshape(-1, prompt.shape[-1]).to(self.embed.weight.device)
         generator = torch.Generator(device=tokens.device).manual_seed(seed)
         cache, start = None, max(0, tokens.shape[1] - self.config.max_len)
         for _ in range(n_tokens):

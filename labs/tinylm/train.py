@@ -159,10 +159,11 @@ def train(
     data: token ids (n,) int64, or an object with `batch(batch_size, seq_len, seed)`. val: token ids (n,) or None.
     The batch of step i depends on (seed, i) alone, so a run is deterministic on one machine. With `checkpoint` (a file
     path) the state is written there every `checkpoint_seconds` and at the end, atomically; after an interruption a later
-    call with the same arguments goes on from it and ends with the same weights as an uninterrupted run.
+    call with the same arguments goes on from it and ends with the same weights as an uninterrupted run. The history's
+    validation losses are over the first `eval_windows` windows of `val` (None: all), so put there what should count.
 
     Raises ValueError before any work for a corpus too short or out of vocabulary, a `seq_len` beyond `max_len` or a
-    checkpoint of another run, and FloatingPointError when the loss is not finite.
+    checkpoint of another run, and FloatingPointError when the loss or its gradient is not finite.
     """
     _refuse_bad_input(model, data, config, val)
     total = config.total_steps(model)
@@ -188,11 +189,11 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             loss = loss_of(window)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip).item()
             value = loss.item()
-            if not math.isfinite(value):
+            if not (math.isfinite(value) and math.isfinite(norm)):
                 raise FloatingPointError(
-                    f"the loss is {value} at step {step}: lower lr (now {config.lr}) or look for NaN in data and weights"
+                    f"the loss is {value} and the gradient's norm {norm} at step {step}: lower lr (now {config.lr}) or look for NaN in data and weights"
                 )
             optimizer.step()
             history.loss.append(value)
