@@ -240,16 +240,10 @@ def test_nan_stops_the_run_and_spares_the_weights(tmp_path):
 
 def test_an_infinite_gradient_under_a_finite_loss_is_never_saved(tmp_path):
     model = fresh()
-    with torch.no_grad():
-        for block in model.blocks:
-            block.mlp.up_proj.weight *= 1e19
-            block.mlp.down_proj.weight *= 1e19
-    before = [p.clone() for p in model.parameters()]
-    assert model.loss(TEXT[None, :9]).isfinite()
-    with pytest.raises(FloatingPointError, match="gradient's norm (inf|nan) at step 0"):
+    model.norm.weight.register_hook(lambda gradient: gradient + math.inf)
+    with pytest.raises(FloatingPointError, match="loss is 2.* gradient's norm inf at step 0"):
         go(model, checkpoint=tmp_path / "s", checkpoint_seconds=0)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
-    assert not (tmp_path / "s").exists()
+    assert same_weights(model, fresh()) and not (tmp_path / "s").exists()
 
 
 def test_evaluation_of_too_short_a_text_is_refused():

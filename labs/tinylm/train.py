@@ -193,7 +193,8 @@ def train(
             value = loss.item()
             if not (math.isfinite(value) and math.isfinite(norm)):
                 raise FloatingPointError(
-                    f"the loss is {value} and the gradient's norm {norm} at step {step}: lower lr (now {config.lr}) or look for NaN in data and weights"
+                    f"the loss is {value} and the gradient's norm {norm} at step {step}: "
+                    f"lower lr (now {config.lr}) or look for NaN in data and weights"
                 )
             optimizer.step()
             history.loss.append(value)
