@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
 
+from test_model import configs
 from tinylm import checkpoint
 from tinylm.checkpoint import SHIPPED, from_hf, load, read_card, save, to_hf
 from tinylm.data import VALIDATION_PLAYS, VOCAB_SIZE, encode, shakespeare
@@ -167,6 +171,22 @@ def test_we_compute_the_same_logits_from_their_weights(tmp_path, change):
     x = tokens(config)
     with torch.no_grad():
         torch.testing.assert_close(model(x), theirs(x).logits, atol=1e-5, rtol=0)
+
+
+@settings(deadline=None, max_examples=15, derandomize=True)
+@given(configs())
+def test_logits_agree_both_ways_over_random_shapes(config):
+    from transformers import LlamaForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = make(**config.to_dict())
+        theirs = LlamaForCausalLM.from_pretrained(to_hf(model, Path(folder) / "ours"))
+        _, others = llama(Path(folder) / "theirs", **config.to_dict())
+        x = tokens(config)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), theirs(x).logits, atol=1e-5, rtol=0)
+            ours = from_hf(Path(folder) / "theirs")
+            torch.testing.assert_close(ours(x), others(x).logits, atol=1e-5, rtol=0)
 
 
 def test_bfloat16_weights_are_read_in_float32(tmp_path):

