@@ -165,7 +165,7 @@ def build(source: Path) -> None:
     }
     nbformat.validate(notebook)
     with replacing(source.with_suffix(".ipynb")) as temporary:
-        temporary.write_text(nbformat.writes(notebook), encoding="utf-8")
+        temporary.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
     print(f"{source.stem}: built in {seconds:.0f} s, {peak} MB")
 
 
