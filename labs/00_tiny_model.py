@@ -56,7 +56,7 @@ from tinylm.train import TrainConfig, budget_fraction, evaluate, train
 use_style()
 torch.manual_seed(0)
 config = Config(
-    vocab_size=data.VOCAB_SIZE, dim=32, n_layers=2, n_heads=2, hidden_dim=96
+    data.VOCAB_SIZE, dim=32, n_layers=2, n_heads=2, hidden_dim=96, max_len=128
 )
 
 # %% [markdown]
@@ -571,7 +571,7 @@ axis.loglog(
     ls=(0, (4, 3)),
 )
 places = {
-    "product, one token": (9, -10),
+    "product, one token": (9, 2),
     "RMSNorm": (-9, 4),
     "AdamW": (-9, -3),
     "attention": (8, -10),
@@ -628,7 +628,7 @@ show(
     "A roofline on logarithmic axes: a line rises with arithmetic intensity at the "
     "slope of the memory bandwidth, then is flat at the peak of the processor; a "
     "dashed one rises at the slope of the cache. Matrix products on a batch and "
-    "attention lie to the right near the peak; "
+    "attention lie high on the right; "
     "RMSNorm, AdamW and the product for one token lie on the left, far lower.",
 )
 
@@ -700,7 +700,7 @@ report("live_gflops", history.flops / history.seconds / 1e9, "GFLOP/s sustained"
 assert live_loss < 1.8 or budget_fraction() < 1, "a minute should bring it below 1.8"
 
 # %% [markdown]
-# To know what a loss means, hold it against simple models. The *unigram* model knows how often each character occurs, the *bigram* model how often it follows another. Both are counts over the training text, evaluated on the held-out plays:
+# The answer is (c). To know what a loss means, hold it against simple models. The *unigram* model knows how often each character occurs, the *bigram* model how often it follows another. Both are counts over the training text, evaluated on the held-out plays:
 
 # %%
 train_tokens, val_tokens = corpus.train_tokens, corpus.val_tokens
