@@ -836,7 +836,8 @@ with tempfile.TemporaryDirectory() as folder:
     llama = LlamaForCausalLM.from_pretrained(checkpoint.to_hf(twin, folder)).eval()
 
 with torch.no_grad():
-    ours, tinylms, theirs = model(window), twin(window), llama(window).logits
+    tokens = window[:, :-1]
+    ours, tinylms, theirs = model(tokens), twin(tokens), llama(tokens).logits
 worst = (ours - theirs).abs().max().item()
 assert worst < 1e-4 and (ours - tinylms).abs().max() < 1e-4
 print(f"{theirs.numel():,} logits agree within 1e-4")
