@@ -176,7 +176,6 @@ def train(
     if history.steps >= total:
         return history
     loss_of = torch.compile(model.loss) if compile else model.loss
-    parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()
     started, saved = time.monotonic() - history.seconds, time.monotonic()
     bar = tqdm(total=total, initial=history.steps, disable=not progress, unit="step", mininterval=1.0)
@@ -184,19 +183,7 @@ def train(
         while history.steps < total:
             step = history.steps
             window = _batch(data, config, step).to(device)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step, total)
-            optimizer.zero_grad(set_to_none=True)
-            loss = loss_of(window)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip).item()
-            value = loss.item()
-            if not (math.isfinite(value) and math.isfinite(norm)):
-                raise FloatingPointError(
-                    f"the loss is {value} and the gradient's norm {norm} at step {step}: "
-                    f"lower lr (now {config.lr}) or look for NaN in data and weights"
-                )
-            optimizer.step()
+            value = _step(loss_of, window, optimizer, config, learning_rate(config, step, total), step)
             history.loss.append(value)
             history.steps = step + 1
             history.tokens += window.shape[0] * config.seq_len
@@ -216,6 +203,24 @@ def train(
         bar.close()
         model.eval()
     return history
+
+
+def _step(loss_of: Callable, window: Tensor, optimizer, config: TrainConfig, lr: float, step: int) -> float:
+    """One update; returns the loss before it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    loss = loss_of(window)
+    loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    value, norm = loss.item(), torch.nn.utils.clip_grad_norm_(parameters, config.clip).item()
+    if not (math.isfinite(value) and math.isfinite(norm)):
+        raise FloatingPointError(
+            f"the loss is {value} and the gradient's norm {norm} at step {step}: "
+            f"lower lr (now {config.lr}) or look for NaN in data and weights"
+        )
+    optimizer.step()
+    return value
 
 
 def _batch(data: Tensor | Stream, config: TrainConfig, step: int) -> Tensor:
