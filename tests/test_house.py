@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import tinycss2
 import yaml
 from bs4 import BeautifulSoup
 from packaging.requirements import Requirement
@@ -304,3 +306,83 @@ def test_the_book_is_this_course_and_names_no_other_repository(book):
     assert "Small Models, Open Experiments" in page.title.get_text()
     links = [a["href"] for a in page.find_all("a", href=True)]
     assert [url for url in links if "github.com" in url or "colab" in url or "mybinder" in url] == []
+
+
+# What house.py does to the pages
+
+
+@pytest.fixture(scope="module")
+def house():
+    spec = importlib.util.spec_from_file_location("house", ROOT / "book" / "_ext" / "house.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_mathjax_is_loaded_by_pages_with_formulas_only_and_has_its_parts(book):
+    for name, page in pages(book).items():
+        scripts = " ".join(script.get("src", "") for script in page.find_all("script"))
+        assert bool(page.select(".math")) == ("mathjax" in scripts), name
+    load = config()["sphinx"]["config"]["mathjax3_config"]["loader"]["load"]
+    mathjax = book / "_static" / "mathjax"
+    parts = [
+        *load,
+        "core",
+        "startup",
+        "output/chtml/fonts/tex",
+        *(f"input/tex/extensions/{x}" for x in ("boldsymbol", "color")),
+    ]
+    assert [part for part in parts if not (mathjax / f"{part}.js").is_file()] == []
+    assert list(mathjax.glob("output/chtml/fonts/woff-v2/*.woff"))
+
+
+def test_pages_share_one_sheet_and_it_asks_for_nothing(book):
+    for name, page in pages(book).items():
+        sheets = [link["href"].split("?")[0].rpartition("/")[2] for link in page.select('link[rel="stylesheet"]')]
+        assert sheets in (["book.css"], []) and (sheets or page.select('meta[http-equiv="Refresh"]')), name
+    css = (book / "_static" / "book.css").read_text(encoding="utf-8")
+    asked = [url for url in re.findall(r"url\(['\"]?([^)'\"]+)", css) if not url.startswith("data:")]
+    assert [url for url in asked if not (book / "_static" / url).is_file()] == []
+    assert "Font Awesome" not in re.sub(r"/\*.*?\*/|--[\w-]+:[^;}]*", "", css, flags=re.S)
+
+
+def test_the_sheet_keeps_what_a_page_can_use(house):
+    css = """/* a note */ /*! a licence */ @charset "UTF-8";
+        a { color: red } .here, .gone { color: blue } .here .gone, #gone { color: red } .here:not(.gone) { top: 0 }
+        @media print { .gone { top: 0 } } @media print { .here { top: 0 } .gone { top: 1px } }
+        :is(.gone, .here) { left: 0 } .here::after { content: var(--pst-icon-x) }"""
+    rules = tinycss2.parse_stylesheet(css, skip_whitespace=True)
+    kept = [re.sub(r"\s+", " ", rule).strip() for rule in house.used(rules, {"here"})]
+    assert kept == [
+        "/*! a licence */",
+        "a{ color: red }",
+        ".here{ color: blue }",
+        ".here:not(.gone){ top: 0 }",
+        "@media print {.here{ top: 0 }}",
+        ":is(.gone, .here){ left: 0 }",
+    ]
+
+
+def test_mending_a_page_twice_changes_nothing(book, house):
+    for name, page in pages(book).items():
+        once = str(page)
+        house.mend(page)
+        assert str(page) == once, name
+
+
+def test_decimal_points_line_up_and_no_text_changes(house):
+    rows = [
+        ("", "loss", "note"),
+        ("a", "12.5 ± 0.1", "4 bits"),
+        ("b", "3.25", "none at all"),
+        ("c", "−0.5", "7"),
+        ("d", "–", "8"),
+    ]
+    cells = [
+        "".join(f"<{tag}>{text}</{tag}>" for text in row) for tag, row in zip(["th"] + 4 * ["td"], rows, strict=True)
+    ]
+    page = BeautifulSoup("<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>", "html.parser")
+    before = page.get_text("|")
+    house.mend(page)
+    assert page.get_text("|") == before
+    assert [(pad["data-pad"], pad.parent.get_text()) for pad in page.select(".pad")] == [("1", "3.25")]

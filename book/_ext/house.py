@@ -31,7 +31,8 @@ MATHJAX = ["startup.js", "core.js", "input/tex.js", "input/tex/extensions/*.js",
 MATHJAX += ["output/chtml.js", "output/chtml/fonts/tex.js", "output/chtml/fonts/woff-v2/*.woff"]
 # Sphinx copies these in every build; no page asks for them.
 UNUSED = ["**/*.css", "**/*.map", "*-macros.html", "*thebe*", "readme.png", "locales", "vendor", "scripts/fontawesome*"]
-ICON_FONT = re.compile(r"\b(font|font-family|content):\W?(Font Awesome|var\(--(fa|pst-icon)-)")  # custom.css draws the few icons that the pages have
+# Rules of the theme's icon font, 1.5 MB with its script: custom.css draws the few icons that pages show.
+ICON_FONT = re.compile(r"\b(font|font-family|content):\W?(Font Awesome|var\(--(fa|pst-icon)-)")
 
 
 def keep_needed_scripts(app, pagename, templatename, context, doctree):
@@ -66,6 +67,8 @@ def finish(app, exception):
 
 def copy_mathjax(app):
     """The parts of MathJax that pages load, from the PyPI package sphinx-mathjax-offline."""
+    if app.builder.name != "html":
+        return
     target = Path(app.outdir, "_static", "mathjax")
     source = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static" / "mathjax"
     for path in (path for pattern in MATHJAX for path in source.glob(pattern)):
@@ -122,7 +125,9 @@ def used(rules: list, words: set[str]) -> list[str]:
             inner = used(tinycss2.parse_rule_list(rule.content, skip_comments=True, skip_whitespace=True), words)
             kept += [f"@{rule.at_keyword}{tinycss2.serialize(rule.prelude)}{{{''.join(inner)}}}"] if inner else []
         elif rule.type == "at-rule":
-            kept += [] if rule.lower_at_keyword == "charset" or ICON_FONT.search(rule.serialize()) else [rule.serialize()]
+            kept += (
+                [] if rule.lower_at_keyword == "charset" or ICON_FONT.search(rule.serialize()) else [rule.serialize()]
+            )
         elif rule.type == "qualified-rule" and not ICON_FONT.search(body := tinycss2.serialize(rule.content)):
             selectors = [s for s in split_at_commas(rule.prelude) if names(s) <= words]
             kept += [f"{','.join(map(tinycss2.serialize, selectors)).strip()}{{{body}}}"] if selectors else []
@@ -168,6 +173,8 @@ def mend(page: BeautifulSoup):
     unused = ['script[src*="fontawesome"]', 'script[type="text/x-thebe-config"]', "#jb-print-docs-body"]
     if not page.select("#search-results"):  # only the page that shows results searches
         unused += [f'script[src*="{name}"]' for name in ("searchtools", "language_data", "searchindex")]
+    if not page.select('[data-bs-toggle="dropdown"]'):  # tooltips, its other use here, are the buttons' titles anyway
+        unused += ['[src*="bootstrap.js"]', '[href*="bootstrap.js"]']
     for element in page.select(", ".join(unused)) + page.select('meta[name="viewport"]')[1:]:
         element.decompose()
     for script in page.select("script[data-cfasync]"):
@@ -222,11 +229,14 @@ def line_up_decimals(table, page: BeautifulSoup):
     for column in zip(*rows, strict=True):
         body = [cell for cell in column if cell.name == "td" and cell.get_text(strip=True)]
         wholes = {id(cell): NUMBER.match(cell.get_text(strip=True)) for cell in body}
-        if sum(map(bool, wholes.values())) < 2 or any(len(cell.get_text()) > 3 for cell in body if not wholes[id(cell)]):
+        if sum(map(bool, wholes.values())) < 2 or any(
+            len(cell.get_text()) > 3 for cell in body if not wholes[id(cell)]
+        ):
             continue
         longest = max((match[0] for match in wholes.values() if match), key=len)
         for cell in column:
-            cell["class"] = [name for name in cell.get("class", []) if name not in ("text-right", "text-center")]
+            if "class" in cell.attrs:
+                cell["class"] = [name for name in cell["class"] if name not in ("text-right", "text-center")]
         for cell in body:
             missing = len(longest) - len(wholes[id(cell)][0]) if wholes[id(cell)] else 0
             if missing:
