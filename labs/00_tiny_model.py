@@ -65,7 +65,8 @@ config = Config(
 #
 # A language model predicts the next *token*. Large models use tokens of about four letters; ours are single characters, so
 # that the vocabulary fits on one line and the embedding table does not dwarf the rest of a tiny model. Our corpus is the 38 plays of
-# Shakespeare. Four of them are held out: no line of *Hamlet* is ever trained on.
+# Shakespeare. Four of them are held out: no line of *Hamlet* is ever trained on. The plays are in Markdown, which the model has to learn with the words:
+# two asterisks around the name of who speaks, underscores around stage directions.
 
 # %%
 corpus = data.shakespeare()
@@ -662,7 +663,8 @@ assert held == training, "16 bytes a parameter, as counted"
 print(f"at the tenth step the loss is below {math.ceil(loss.item() * 2) / 2}")
 
 # %% [markdown]
-# `tinylm.train` is that loop with what a real run needs: a learning rate that warms up and then falls along a cosine, clipped gradients, evaluation on text that was held out, a progress bar, and exact resumption. Keep a sample of what
+# `tinylm.train` is that loop with what a real run needs: a learning rate that warms up and then falls along a cosine, clipped gradients, evaluation on text that was held out, a progress bar, and exact resumption. (`budget_fraction()`, in the
+# asserts below, is 1. Quick runs of the lab, such as those of the tests, shorten the training by an environment variable; then it is less, and nothing is asserted about a model that was not trained to the end.) Keep a sample of what
 # the untrained model writes, then train it. **Commit to a guess** before you look: the frequencies of the characters alone, a model of 96 numbers, bring the loss down by more than one nat. After a minute, on plays it never saw, our model loses
 #
 # (a) 3.0 &emsp; (b) 2.4 &emsp; (c) 1.7 &emsp; (d) 0.5 nats?
@@ -921,7 +923,7 @@ verdict(
 # ## Exercises
 #
 # 1. *Position.* Remove the two `rotate` calls and train again. How much does the loss rise, and why is it not as bad as a bigram model's? (A causal mask alone leaks position. How?)
-# 2. *Cost.* At which context length $t$ does attention's square take half of the forward operations of our tiny configuration? Of a model with $c$ = 4096? Derive it, then check with `config.forward_flops`.
+# 2. *Cost.* At which context length $t$ does attention's square take half of the forward operations of our tiny configuration? Of LLaMA with 7 billion parameters, which has $c$ = 4096, $f$ = 11,008, 32 blocks and $v$ = 32,000? Derive it, then check with `config.forward_flops`.
 # 3. *Bytes.* How many tokens of KV cache take as many bytes as the weights of `shakespeare-800k`? What changes with `n_kv_heads=1`?
 # 4. *Roofline.* Time the product `one @ w` with $c = f = 4096$. On which side of the ridge is it, and which bandwidth does it reach?
 # 5. *Initialisation.* Start the table with standard deviation 1 instead of 0.02. Predict the loss at initialisation before you measure it.
