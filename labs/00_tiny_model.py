@@ -52,6 +52,7 @@ from tinylm.plot import (
     smooth,
     use_style,
 )
+from tinylm.predict import predict, predictions
 from tinylm.report import report, verdict
 from tinylm.train import TrainConfig, budget_fraction, evaluate, train
 
@@ -544,9 +545,16 @@ print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 # ## 6 · The loss, before any training
 # *Live, 4 minutes.*
 #
-# The loss is the mean surprise, $-\ln P(\text{next character})$, in nats. Before you run the next cell, **commit to a guess**: a model that has seen nothing, choosing among 96 characters, should lose about
-#
-# (a) 0.01 &emsp; (b) 1 &emsp; (c) 4.6 &emsp; (d) 96 nats?
+# What does the loss say of a model that has seen nothing? Commit to a guess before you run on.
+
+# %%
+predict(
+    "A model that has seen nothing chooses among 96 characters. Its loss is about",
+    ["0.01 nats", "1 nat", "4.6 nats", "96 nats"],
+    answer=2,
+    why="Small weights give nearly equal logits, so each of the 96 characters gets "
+    "probability 1/96, and its surprise is ln 96.",
+)
 
 # %%
 window = data.random_windows(corpus.train_tokens, batch_size=16, seq_len=128, seed=0)
@@ -558,7 +566,7 @@ assert abs(initial_loss - math.log(96)) < 0.1, (
 )
 
 # %% [markdown]
-# (c): small weights give nearly equal logits, so each of the 96 characters gets probability 1/96, and $-\ln\frac{1}{96} = \ln 96$. It is the cheapest test there is of a new model: a loss far above $\ln v$ means weights that start
+# It is the cheapest test there is of a new model: a loss far above $\ln v$ means weights that start
 # too large, one below it means that the target leaks into the input.
 #
 # ## 7 · What it costs: parameters, operations, bytes
@@ -664,7 +672,18 @@ print(f"counted by PyTorch: {counter.get_total_flops():,} = 3 x {forward:,}")
 # The rule *6 operations per parameter and token* ($C \approx 6ND$) that scaling laws are written in comes from here: 2 forward, 4 backward. For a model this small it is too low,
 # because attention's square does not belong to any parameter. Lab 01 needs the exact count for that reason.
 #
-# **Bytes**: in float32 every parameter takes 4; training holds three more numbers of that size for each (its gradient and AdamW's two moments). Generation keeps a key and a value of $c$ channels, per layer and position.
+# **Bytes**: in float32 every parameter takes 4.
+
+# %%
+predict(
+    "How many bytes a parameter does training with AdamW keep, without activations?",
+    ["4", "8", "12", "16"],
+    answer=3,
+    why="The weight, its gradient, and the two moments of AdamW, 4 bytes each.",
+)
+
+# %% [markdown]
+# Generation keeps a key and a value of $c$ channels, per layer and position.
 
 # %%
 weights, training = 4 * n_params, 16 * n_params
@@ -1130,6 +1149,13 @@ verdict(
     "not give. That this teaches more than code does is a claim about readers, and no "
     "reader was measured.",
 )
+
+# %% [markdown]
+# What you predicted, beside what came out:
+
+# %%
+predictions()
+
 # %% [markdown]
 # ## Questions to go on with
 #

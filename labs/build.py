@@ -63,6 +63,7 @@ exercises.listen()  # while an exercise is unsolved, a cell that needs it says s
 
 # Why an output is not compared, by short tag.
 IGNORED = {"plot", "timing", "trained", "widget"}
+WIDGET = "application/vnd.jupyter.widget-view+json"
 MARKERS = ("### BEGIN SOLUTION", "### END SOLUTION", "### BEGIN HIDDEN TESTS", "### END HIDDEN TESTS")
 
 
@@ -240,6 +241,9 @@ def normalise(notebook: NotebookNode, seconds: float) -> None:
             cell.source = cell.source.replace("RUN_TIME", f"{round(seconds)} s")
             continue
         cell.metadata.pop("execution", None)
+        for output in cell.outputs:
+            if "text/html" in output.get("data", {}) or "image/png" in output.get("data", {}):
+                output.data.pop(WIDGET, None)  # what else the output holds stays for the page
         cell.outputs = [o for o in cell.outputs if not _is_noise(o)]
         for output in cell.outputs:
             if alt := output.get("metadata", {}).get("alt"):
@@ -247,7 +251,7 @@ def normalise(notebook: NotebookNode, seconds: float) -> None:
 
 
 def _is_noise(output: NotebookNode) -> bool:
-    return output.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+    return output.get("name") == "stderr" or WIDGET in output.get("data", {})
 
 
 def inputs_hash(source: Path) -> str:
