@@ -20,8 +20,9 @@ from nbconvert import HTMLExporter
 from lab_source import definitions
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "labs"), str(ROOT / "tests" / "exercises")]
+sys.path[:0] = [str(ROOT / "labs"), str(ROOT / "tests" / "exercises"), str(ROOT / "book" / "_ext")]
 import build  # noqa: E402
+import lab_plan  # noqa: E402
 
 SOURCES = build.sources([])
 LABS = {p.stem: build.read_source(p) for p in SOURCES}
@@ -223,6 +224,32 @@ def test_an_error_that_is_no_blank_is_an_error(tmp_path):
         notebook.cells = [nbformat.v4.new_code_cell(c) for c in [start, *cells, *solved, tail]]
         with pytest.raises(Exception, match=error):
             execute(notebook, tmp_path)
+
+
+# What instructors read
+
+
+@pytest.mark.parametrize("stem", LABS)
+def test_the_plan_counts_every_point_and_minute(stem):
+    sections = lab_plan.sections("\n\n".join(lab_plan.cells(ROOT, stem, "markdown")))
+    assert sum(s["points"] for s in sections) == sum(c.metadata.nbgrader.points for _, c in EXERCISES[stem].values())
+    assert 45 <= sum(s["minutes"] for s in sections if not s["further"]) <= 90
+
+
+def test_a_section_without_its_minutes_is_refused():
+    assert lab_plan.sections("## 1 · A\n*Live, 3 minutes.*\n### Exercise 1 · `f` (2 points)\n") == [
+        {"title": "1 · A", "minutes": 3, "points": 2, "further": False, "kind": "Live"}
+    ]
+    with pytest.raises(ValueError, match='"2 · B" does not say how long'):
+        lab_plan.sections("## 1 · A\n*Live, 3 minutes.*\n## 2 · B\ntext\n## 3 · C\n*Recorded, 5 minutes.*\n")
+
+
+def test_the_page_shows_the_sentence_that_a_mistake_meets():
+    rows = lab_plan.LabMisconceptions.rows(None, ROOT, SOURCES[0].stem)
+    shown = {mistake: sentence for _, mistake, sentence in rows}
+    for stem, function in PROOFS:
+        if stem == SOURCES[0].stem and function.proof[0] == "wrong":
+            assert run_check(stem, function.proof[1], function, hidden=False) == shown[function.__name__.replace("_", " ")]
 
 
 # nbgrader
