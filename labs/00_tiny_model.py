@@ -101,7 +101,7 @@ assert torch.equal(encode(line), data.encode(line)), "tinylm uses the same vocab
 
 # %% [markdown]
 # ## 2 · RMSNorm
-# *Live, 4 minutes.*
+# *Live, 7 minutes.*
 #
 # Each layer reads the *residual stream*, a vector of $c$ channels per position, and adds to it. What it reads is first brought to
 # a standard size, so that a layer sees the same scale however much its predecessors have added:
@@ -179,7 +179,7 @@ torch.testing.assert_close(norm(x), F.rms_norm(x, (32,), eps=1e-5))
 
 # %% [markdown]
 # ## 3 · Rotary embeddings: position as an angle
-# *Live, 8 minutes.*
+# *Live, 12 minutes.*
 #
 # Attention compares a query with keys and would not notice if the positions were shuffled. Rotary embeddings (Su et al. 2021) tell it where
 # things stand: they take the $d$ channels of a head as $d/2$ points in a plane and turn the $i$-th by an angle that grows with the position $p$,
@@ -314,7 +314,7 @@ show(
 # directions, the score of a vector with itself is $\frac2d\sum_i\cos\big((t-s)\,\theta_i\big)$. It tends to fall with distance, with large ripples where a head has few pairs.
 #
 # ## 4 · Attention
-# *Live, 8 minutes.*
+# *Live, 14 minutes.*
 #
 # Every position asks a question (query), offers a label (key) and a content (value). A query's scores with all keys, softened into weights, mix the values:
 #
@@ -414,7 +414,7 @@ class Attention(nn.Module):
 
 # %% [markdown]
 # ## 5 · SwiGLU, the block, the model
-# *Live, 6 minutes.*
+# *Live, 11 minutes.*
 #
 # Attention moves information between positions; the feed-forward layer works on each position alone. Llama's is a gated one (Shazeer 2020): one matrix computes what could be passed on, a
 # second, through $\operatorname{silu}(z) = z\,\sigma(z)$, how much of it is:
@@ -571,7 +571,7 @@ assert abs(initial_loss - math.log(96)) < 0.1, (
 # too large, one below it means that the target leaks into the input.
 #
 # ## 7 · What it costs: parameters, operations, bytes
-# *Live, 10 minutes.*
+# *Live, 13 minutes.*
 #
 # **Parameters**, by hand. A block has four $c \times c$ matrices in attention, three $c \times f$ matrices in SwiGLU and two gains of $c$:
 
@@ -696,7 +696,7 @@ print(f"KV cache at {config.max_len} tokens {cache / 1e3:.0f} kB")
 
 # %% [markdown]
 # ## 8 · What your machine can do: a roofline
-# *Live, 10 minutes.*
+# *Live, 8 minutes.*
 #
 # A processor has two speeds: how many operations it performs a second, and how many bytes it moves to and from memory. An operation that does $I$ operations for each byte it moves (its *arithmetic intensity*) runs
 # at best at
@@ -871,7 +871,7 @@ show(
 # which is why quantization (lab 02) speeds up generation. Whatever in training is not a large product, attention written out above all, stays bound by bytes: lab 04. And at this size the cost of each call counts as well.
 #
 # ## 9 · A minute of training
-# *Live, 8 minutes.*
+# *Live, 6 minutes.*
 #
 # The loop itself is four lines: draw a batch, compute the loss, follow its gradient, repeat.
 
@@ -1018,7 +1018,7 @@ show(
 
 # %% [markdown]
 # ## 10 · Text before and after
-# *Live, 3 minutes.*
+# *Live, 2 minutes.*
 
 # %% tags=["trained"]
 sample_after = write(model, "**HAMLET**  \n", 240)
@@ -1080,7 +1080,7 @@ print(f"{theirs.numel():,} logits agree within 1e-4")
 # That is what makes the later labs count: what we do to this model can be held against the tools that people use on real ones, on the same weights.
 #
 # ## 12 · From your machine to GPT-3
-# *Live, 5 minutes.*
+# *Live, 4 minutes.*
 #
 # With one operation and one byte priced, the two claims become arithmetic. GPT-3's training: $C = 6ND$ with $N$ = 175 billion and $D$ = 300 billion. At your machine's peak, that takes
 
