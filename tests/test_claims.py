@@ -107,7 +107,7 @@ def test_each_claim_stands_with_its_source_and_its_verdicts(build):
     assert "fails here in Lab 00 (First). It introduces the claim. Measured: 1.5 nats (3 seeds). Because." in words(one)
     assert "not yet tested: Lab 01 (Second) is to come." in words(one)
     assert "holds here in Lab 00 (First). Measured: 2.5 nats (3 seeds)." in words(two) and "C." in words(two)
-    assert "(A weekly and a memo.)" in words(two) and "introduces" not in words(two)
+    assert "(A weekly; a memo.)" in words(two) and "introduces" not in words(two)
     assert words(three).endswith("not yet tested")
     assert one.find("a", href="../labs/00_first.html#the-verdict") is not None
     rows = [[words(cell) for cell in row.find_all("td")] for row in page.find("table").find_all("tr")[1:]]

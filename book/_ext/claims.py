@@ -159,7 +159,7 @@ def overview(book: dict, verdicts: dict) -> str:
 
 def details(claim: dict, book: dict, verdicts: dict) -> str:
     """A claim, who made it, what the paper says, and every verdict on it."""
-    sources = " and ".join(book["sources"][s] for s in claim["source"])
+    sources = "; ".join(book["sources"][s] for s in claim["source"])
     parts = [f"{claim['says']} *({sources[0].upper()}{sources[1:]}.)*", claim.get("paper", "")]
     lines = []
     for lab, record in findings(claim, book, verdicts):
