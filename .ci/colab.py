@@ -55,7 +55,8 @@ def execute(path: Path) -> None:
 
 
 def main() -> None:
-    notebooks = sorted(Path(sys.argv[1]).glob("*.ipynb"))  # not student/: exercises fail until they are solved
+    folder = Path(sys.argv[1])
+    notebooks = [*sorted(folder.glob("*.ipynb")), *sorted(folder.glob("student/*.ipynb"))]
     if not notebooks:
         sys.exit(f"there are no notebooks in {sys.argv[1]}")
     before = versions()
@@ -64,7 +65,7 @@ def main() -> None:
         print(f"::warning::{line}")
     for path in notebooks:
         execute(path)
-        print(f"{path.stem}: passed", flush=True)
+        print(f"{path.relative_to(folder)}: passed", flush=True)
     if changed := changes(before, versions()):
         sys.exit("the labs changed the image's packages:\n" + "\n".join(changed))
 
