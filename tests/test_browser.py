@@ -103,7 +103,8 @@ SURVEY = r"""width => {
     const brief = element => element.outerHTML.slice(0, 100);
 
     const whole = document.scrollingElement.scrollWidth;
-    const wide = all("body *").filter(e => shown(e) && e.getBoundingClientRect().right + scrollX >= whole - 1);
+    const inside = e => e !== document.body && (getComputedStyle(e).overflowX !== "visible" || inside(e.parentElement));
+    const wide = all("body *").filter(e => shown(e) && e.getBoundingClientRect().right > width + 1 && !inside(e.parentElement));
     const scroll = whole > width ? [`${whole} px, by ${brief(wide.at(-1) ?? document.body)}`] : [];
 
     const alt = all("img").filter(e => !e.alt.trim() && !e.closest("[role=presentation], [aria-hidden=true]")).map(brief);
