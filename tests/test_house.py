@@ -219,18 +219,6 @@ def test_the_book_stays_out_of_dot_folders(path):
     assert any(match(p) for match in matchers for p in above)
 
 
-@pytest.fixture(scope="session")
-def book(tmp_path_factory) -> Path:
-    """The book, built anew with warnings as errors."""
-    out = tmp_path_factory.mktemp("book")
-    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(ROOT)]
-    command += ["--path-output", str(out), "-n", "-W", "--keep-going"]
-    result = subprocess.run(command, cwd=out, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    assert "WARNING" not in result.stderr, result.stderr[-4000:]
-    return out / "_build" / "html"
-
-
 def pages(book: Path) -> dict[str, BeautifulSoup]:
     return {
         p.relative_to(book).as_posix(): BeautifulSoup(p.read_text(encoding="utf-8"), "html.parser")
