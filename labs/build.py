@@ -242,8 +242,8 @@ def normalise(notebook: NotebookNode, seconds: float) -> None:
             continue
         cell.metadata.pop("execution", None)
         for output in cell.outputs:
-            if "text/html" in output.get("data", {}) or "image/png" in output.get("data", {}):
-                output.data.pop(WIDGET, None)  # what else the output holds stays for the page
+            if len(set(output.get("data", {})) - {"text/plain"}) > 1:  # what else it brought stays for the page
+                output.data.pop(WIDGET, None)
         cell.outputs = [o for o in cell.outputs if not _is_noise(o)]
         for output in cell.outputs:
             if alt := output.get("metadata", {}).get("alt"):

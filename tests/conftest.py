@@ -1,13 +1,81 @@
-"""Options and fixtures that several tests share."""
+"""What several test files share."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
-PARITY = Path(__file__).resolve().parent.parent / "book" / "parity"
+ROOT = Path(__file__).resolve().parents[1]
+PARITY = ROOT / "book" / "parity"
+
+
+@pytest.fixture(scope="session")
+def book(tmp_path_factory) -> Path:
+    """The book, built anew with warnings as errors."""
+    out = tmp_path_factory.mktemp("book")
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(ROOT)]
+    command += ["--path-output", str(out), "-n", "-W", "--keep-going"]
+    result = subprocess.run(command, cwd=out, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert "WARNING" not in result.stderr, result.stderr[-4000:]
+    return out / "_build" / "html"
+
+
+def chromium(own: str) -> str:
+    """The Chromium to drive; `own` is where Playwright would have put one. Without any: skipped, in CI a failure."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if found or Path(own).exists():
+        return found or own
+    stop = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+    stop(
+        "no browser to test with: `apt-get install chromium` (Debian), or `python -m playwright install "
+        "chromium`, or name one in the variable CHROMIUM"
+    )
+
+
+@pytest.fixture(scope="module")  # not session: while Playwright lives, no other test can start an event loop
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        # No name resolves, so nothing that a page asks for leaves this machine.
+        browser = playwright.chromium.launch(
+            executable_path=chromium(playwright.chromium.executable_path),
+            args=["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--disable-gpu"],
+        )
+        yield browser
+        browser.close()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def serve() -> Iterator:
+    """A function that serves a folder and returns its address."""
+    servers = []
+
+    def start(folder: Path) -> str:
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}/"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 def pytest_addoption(parser):

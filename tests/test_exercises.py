@@ -21,9 +21,8 @@ from lab_source import definitions
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "labs"), str(ROOT / "tests" / "exercises"), str(ROOT / "book" / "_ext")]
-import lab_plan  # noqa: E402
-
 import build  # noqa: E402
+import lab_plan  # noqa: E402
 
 SOURCES = build.sources([])
 LABS = {p.stem: build.read_source(p) for p in SOURCES}
