@@ -23,6 +23,7 @@ from tinylm.model import Config
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(p.stem for p in figures.HERE.glob("*.mjs") if p.stem != "kit")
 VIEW = "application/vnd.jupyter.widget-view+json"
+START = "shakespeare-800k"
 
 
 # Every figure
@@ -239,6 +240,42 @@ def test_without_anywidget_there_is_the_still(monkeypatch, capsys):
     assert set(data) == {"image/png", "text/plain"} and f"{size.numbers['parameters']:,}" in metadata["alt"]
 
 
+# What anywidget promises a module, and a module anywidget: https://anywidget.dev/en/afm/
+CONTRACT = """async ([code, values, other]) => {
+    const { default: figure } = await import("data:text/javascript;charset=utf-8;base64," + code);
+    const el = document.body.appendChild(document.createElement("div")), log = [], heard = new Map();
+    const model = {
+        get: key => values[key],
+        set: (key, value) => { values[key] = value; log.push(["set", key, value]); heard.get("change:" + key)?.(); },
+        save_changes: () => log.push(["save"]),
+        on: (event, f) => heard.set(event, f),
+        off: (event, f) => heard.get(event) === f && heard.delete(event),
+    };
+    const number = () => el.querySelector("output[data-quantity=parameters]").dataset.value;
+    const cleanup = await figure.render({ model, el, experimental: {} });
+    const heads = el.querySelectorAll("input[type=range]")[2];
+    heads.value = 2, heads.dispatchEvent(new Event("input"));  // 3 heads: cannot be
+    const impossible = log.length;
+    heads.value = 1, heads.dispatchEvent(new Event("input"));  // 2 heads
+    values.state = other, heard.get("change:state")();  // the kernel moves the figure
+    const moved = number();
+    cleanup();
+    return { keys: Object.keys(figure), impossible, log, moved, left: heard.size };
+}"""
+
+
+def test_a_module_and_anywidget_keep_their_contract(browser):
+    page = browser.new_page()
+    code = base64.b64encode(figures.source("model_size").encode()).decode()
+    start, other = model_size.initial(START), model_size.initial("LLaMA 7B")
+    found = page.evaluate(CONTRACT, [code, {"state": start, "data": model_size.data()}, other])
+    page.close()
+    two = model_size.initial(START, n_heads=2, n_kv_heads=2)
+    assert found["log"] == [["set", "state", two], ["save"]], "a change that can be is saved once; one that cannot, never"
+    assert found == {**found, "keys": ["render"], "impossible": 0, "left": 0}
+    assert int(found["moved"]) == model_size.numbers(other)["parameters"]
+
+
 # On a page
 
 
@@ -279,12 +316,13 @@ def of(state: dict) -> dict[str, int]:
     return {k: v for k, v in model_size.numbers(state).items() if k not in ("tables", "attention", "mlp")}
 
 
-START = "shakespeare-800k"
-
-
 @pytest.mark.parametrize("site", ["http", "disk"])
 def test_the_page_starts_where_the_lab_did(opened, site):
-    assert shown(opened(site)) == of(model_size.initial(START))
+    page = opened(site)
+    assert shown(page) == of(model_size.initial(START))
+    controls = page.locator("[data-figure] :is(button, input, select, summary)")
+    kept = page.locator("[data-figure] [data-lm-suppress-shortcuts]")
+    assert controls.count() == kept.count() > 10, "JupyterLab would take the arrow keys from a control"
 
 
 def test_the_shapes_to_start_from(opened):
@@ -348,7 +386,7 @@ def test_every_control_is_operable(opened, site, by):
         page.keyboard.type("1000")
         state[field] = 1000
         assert shown(page) == of(state)
-    page.get_by_label("Table and output").select_option("two matrices")
+    page.get_by_label("Output matrix").select_option("one of its own")
     assert shown(page) == of(state | {"tie_embeddings": False})
     page.get_by_label("Block").select_option(index=1)
     gpt = state | {"block": "gpt3", "n_kv_heads": state["n_heads"], "hidden_dim": None, "tie_embeddings": True}
@@ -384,7 +422,7 @@ def test_the_words_follow_the_state_once_the_reader_rests(opened):
     assert "865 thousand" in normal(words.inner_text()) and shown(page)["parameters"] > 865_408
     page.wait_for_function("window.spoken > 0")
     layers = slider.get_attribute("aria-valuetext").split()[0]
-    assert page.evaluate("window.spoken") == 1 and words.inner_text().startswith(f"{layers} layers of 128 channels")
+    assert page.evaluate("window.spoken") == 1 and words.inner_text().startswith(f"{layers} layers of 128 channels: ")
     assert "aria-hidden" in page.locator(".picture").evaluate("e => e.outerHTML.slice(0, 60)")
     others = page.locator("[data-figure=model_size] output:not([aria-live=off])")
     assert others.count() == 0, "an output speaks at every step unless it is told not to"
@@ -432,6 +470,7 @@ def test_nothing_moves(opened, size):
         page.get_by_role("button", name=name).click()
         page.wait_for_function("n => document.querySelector('p.words').textContent.includes(n)", arg=name)
         heights.add(figure.bounding_box()["height"])
+    assert page.locator("figure.interactive-figure img").count() == 0, "the still is for pages without scripts"
     page.get_by_role("slider", name="Query heads").fill("6")  # 10 heads, at GPT-3's width
     page.wait_for_function("document.querySelector('p.words').textContent.startsWith('A width')")
     heights.add(figure.bounding_box()["height"])

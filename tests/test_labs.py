@@ -107,6 +107,36 @@ def test_every_figure_has_a_text_alternative(source):
 
 
 @each_lab
+def test_every_widget_leaves_a_still_and_nothing_live(source):
+    notebook = built(source)
+    assert "widgets" not in notebook.metadata and build.WIDGET_VIEW not in nbformat.writes(notebook)
+    for cell in code_cells(notebook):
+        live = "interactive(" in cell.source or "ipywidgets" in cell.source
+        assert live == ("widget" in cell.metadata.get("tags", [])), f"tag it `widget`, or do not:\n{cell.source}"
+        if live:
+            stills = [o for o in cell.outputs if "image/png" in o.get("data", {})]
+            assert stills and all(len(o.metadata["alt"]) > 40 for o in stills), cell.source
+
+
+def test_of_a_widget_the_build_keeps_the_still(tmp_path):
+    """A live figure that brings its still, a live one that does not, and the state that both leave in the notebook."""
+    source = tmp_path / "99_widgets.py"
+    cells = [
+        "import ipywidgets\nfrom tinylm.figures import interactive\ninteractive('model_size')",
+        "ipywidgets.IntSlider()",
+    ]
+    source.write_text("".join(f'# %% tags=["widget"]\n{cell}\n' for cell in cells), encoding="utf-8")
+    notebook = build.read_source(source)
+    build.execute(notebook)
+    assert nbformat.writes(notebook).count(build.WIDGET_VIEW) >= 2 and notebook.metadata["widgets"]
+    build.normalise(notebook, 1)
+    assert build.WIDGET_VIEW not in nbformat.writes(notebook) and "widgets" not in notebook.metadata
+    (still,) = notebook.cells[0].outputs
+    assert set(still.data) == {"image/png", "text/plain"} and notebook.cells[1].outputs == []
+    assert notebook.cells[0].metadata["mystnb"]["image"]["alt"] == still.metadata["alt"]
+
+
+@each_lab
 def test_few_outputs_go_uncompared_and_asserts_hold_those(source):
     cells = code_cells(built(source))
     ignored = [c for c in cells if "nbval-ignore-output" in c.metadata.get("tags", [])]

@@ -103,11 +103,11 @@ export function atRest(f, milliseconds = 600) {
   return later;
 }
 
-/** Prepares the element that a notebook or a page gives a figure. JupyterLab's shortcuts must not take the arrow keys. */
+/** Fills the element that a notebook or a page gives a figure. JupyterLab's shortcuts would take the arrow keys from it. */
 export function frame(el, ...children) {
   el.classList.add("tinylm-figure");
-  el.dataset.lmSuppressShortcuts = "true";
   el.replaceChildren(...children);
+  for (const control of el.querySelectorAll("button, input, select, summary")) control.dataset.lmSuppressShortcuts = "true";
 }
 
 /** Shows a figure on a page without a kernel: `values` is what the model would hold. */
