@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 import tinylm.model
 from tinylm import checkpoint, data
+from tinylm.figures import interactive
 from tinylm.model import Config
 from tinylm.plot import (
     BLUE,
@@ -461,6 +462,29 @@ print(f"weights {weights / 1e3:.0f} kB, training state {training / 1e3:.0f} kB")
 print(f"KV cache at {config.max_len} tokens {cache / 1e3:.0f} kB")
 
 # %% [markdown]
+# The same counts for any shape, to play with. **Commit to a guess** first. LLaMA 7B was trained on contexts of 2,048 tokens. With twice the context, the work to generate a token
+#
+# (a) stays the same &emsp; (b) grows by less than a tenth &emsp; (c) doubles?
+#
+# And which of the other numbers change? Then press *LLaMA 7B* and move *Context* one step. (A page without a kernel shows a still here; the chapter has the figure live.) More to try: find the widest model whose weights fit the
+# laptop at 16 bits; give LLaMA 7B fewer key-value heads; widen our own model until its table no longer shows.
+
+# %% tags=["widget"]
+interactive("model_size", like="shakespeare-800k")
+
+# %%
+llama_7b = Config(
+    32_000, dim=4096, n_layers=32, n_heads=32, hidden_dim=11_008, tie_embeddings=False
+)
+work = llama_7b.decode_flops(4096) / llama_7b.decode_flops(2048)
+cache = llama_7b.kv_cache_bytes(4096) / llama_7b.kv_cache_bytes(2048)
+print(f"{llama_7b.n_params():,} parameters, at any context")
+print(f"at twice the context: work for a token x {work:.3f}, KV cache x {cache:.0f}")
+assert 1 < work < 1.1 and cache == 2
+
+# %% [markdown]
+# (b): the weights do not know the context and the cache doubles. Of the work, only attention's share doubles, and beside matrices 4,096 channels wide it is small. In a model as narrow as ours the same step costs far more: try it.
+#
 # ## 8 · What your machine can do: a roofline
 # *Live, 10 minutes.*
 #

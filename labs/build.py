@@ -50,6 +50,7 @@ elif importlib.util.find_spec("tinylm") is None:
 
 # Why an output is not compared, by short tag.
 IGNORED = {"plot", "timing", "trained", "widget"}
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 def sources(prefixes: list[str]) -> list[Path]:
@@ -107,6 +108,9 @@ def normalise(notebook: NotebookNode, seconds: float) -> None:
             cell.source = cell.source.replace("RUN_TIME", f"{seconds:.0f} s")
             continue
         cell.metadata.pop("execution", None)
+        for output in cell.outputs:
+            if len(set(output.get("data", {})) - {"text/plain"}) > 1:  # a live figure that brought its still
+                output.data.pop(WIDGET_VIEW, None)
         cell.outputs = [o for o in cell.outputs if not _is_noise(o)]
         for output in cell.outputs:
             if alt := output.get("metadata", {}).get("alt"):
@@ -114,7 +118,7 @@ def normalise(notebook: NotebookNode, seconds: float) -> None:
 
 
 def _is_noise(output: NotebookNode) -> bool:
-    return output.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+    return output.get("name") == "stderr" or WIDGET_VIEW in output.get("data", {})
 
 
 def inputs_hash(source: Path) -> str:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,3 +28,55 @@ def book(tmp_path_factory) -> Path:
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert "WARNING" not in result.stderr, result.stderr[-4000:]
     return out / "_build" / "html"
+
+
+def chromium(own: str) -> str:
+    """The Chromium to drive; `own` is where Playwright would have put one. Without any: skipped, in CI a failure."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if found or Path(own).exists():
+        return found or own
+    stop = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+    stop(
+        "no browser to test with: `apt-get install chromium` (Debian), or `python -m playwright install "
+        "chromium`, or name one in the variable CHROMIUM"
+    )
+
+
+@pytest.fixture(scope="module")  # not session: while Playwright lives, no other test can start an event loop
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        # No name resolves, so nothing that a page asks for leaves this machine.
+        browser = playwright.chromium.launch(
+            executable_path=chromium(playwright.chromium.executable_path),
+            args=["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--disable-gpu"],
+        )
+        yield browser
+        browser.close()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def serve() -> Iterator:
+    """A function that serves a folder and returns its address."""
+    servers = []
+
+    def start(folder: Path) -> str:
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}/"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def sites(serve, book) -> dict[str, str]:
+    """The book's address over http and from the disk."""
+    return {"http": serve(book), "disk": f"{book.resolve().as_uri()}/"}

@@ -6,15 +6,10 @@ A page is loaded once a size and once from the disk; its audit notes all that is
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import threading
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import fields
-from functools import cache, partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urldefrag, urlsplit
@@ -22,7 +17,8 @@ from urllib.parse import unquote, urldefrag, urlsplit
 import pytest
 from axe_playwright_python.base import AXE_SCRIPT
 from bs4 import BeautifulSoup
-from playwright.sync_api import Browser, sync_playwright
+from conftest import chromium
+from playwright.sync_api import Browser
 
 from tinylm.model import Config
 
@@ -36,55 +32,6 @@ WORD, RESULTS = "shakespeare", "#search-results ul.search > li"
 
 # Faults of axe-core that stay: (rule, selector, reason), one rule and one selector each.
 EXCLUDED: list[tuple[str, str, str]] = []
-
-
-# The browser
-
-
-def chromium(own: str) -> str:
-    """The Chromium to drive; `own` is where Playwright would have put one. Without any: skipped, in CI a failure."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    if found or Path(own).exists():
-        return found or own
-    stop = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
-    stop(
-        "no browser to test the book with: `apt-get install chromium` (Debian), or `python -m playwright install "
-        "chromium`, or name one in the variable CHROMIUM"
-    )
-
-
-@pytest.fixture(scope="module")  # not session: while Playwright lives, no other test can start an event loop
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        # No name resolves, so nothing that a page asks for leaves this machine.
-        browser = playwright.chromium.launch(
-            executable_path=chromium(playwright.chromium.executable_path),
-            args=["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--disable-gpu"],
-        )
-        yield browser
-        browser.close()
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture(scope="module")
-def serve() -> Iterator:
-    """A function that serves a folder and returns its address."""
-    servers = []
-
-    def start(folder: Path) -> str:
-        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}/"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 # The auditor
@@ -250,12 +197,6 @@ def names(book: Path) -> list[str]:
     """The pages' addresses, a page of search results among them; not index.html, which sends the reader on."""
     pages = [p for p in sorted(book.rglob("*.html")) if "_static" not in p.relative_to(book).parts]
     return [p.relative_to(book).as_posix() for p in pages if p != book / "index.html"] + [f"search.html?q={WORD}"]
-
-
-@pytest.fixture(scope="module")
-def sites(serve, book) -> dict[str, str]:
-    """The book's address over http and from the disk."""
-    return {"http": serve(book), "disk": f"{book.resolve().as_uri()}/"}
 
 
 @pytest.fixture(scope="module")
