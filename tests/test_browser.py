@@ -300,6 +300,8 @@ def test_the_figure_model_size_answers_to_mouse_finger_and_keyboard(browser, sit
             page.keyboard.press("Tab")
             if width.evaluate("slider => slider === document.activeElement"):
                 break
+        else:
+            pytest.fail("the Tab key does not reach the slider")
         page.keyboard.press("ArrowRight")
         assert chosen() > state["dim"]
         state |= {"dim": chosen(), "hidden_dim": None}  # the MLP's width follows
