@@ -17,9 +17,9 @@ from urllib.parse import unquote, urldefrag, urlsplit
 import pytest
 from axe_playwright_python.base import AXE_SCRIPT
 from bs4 import BeautifulSoup
-from conftest import chromium
 from playwright.sync_api import Browser
 
+from conftest import chromium
 from tinylm.model import Config
 
 SIZES = {
