@@ -78,6 +78,12 @@ def serve() -> Iterator:
         server.server_close()
 
 
+@pytest.fixture(scope="module")
+def sites(serve, book) -> dict[str, str]:
+    """The book's address over http and from the disk."""
+    return {"http": serve(book), "disk": f"{book.resolve().as_uri()}/"}
+
+
 def pytest_addoption(parser):
     parser.addoption("--write-parity", action="store_true", help="write the measured parity tables into book/parity")
 

@@ -200,12 +200,6 @@ def names(book: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def sites(serve, book) -> dict[str, str]:
-    """The book's address over http and from the disk."""
-    return {"http": serve(book), "disk": f"{book.resolve().as_uri()}/"}
-
-
-@pytest.fixture(scope="module")
 def looks(browser, sites, book) -> dict[tuple[str, str], Look]:
     """(page, view) -> its audit. The reader turns the theme over after the first look: it must work both ways."""
     found = {}
@@ -306,6 +300,8 @@ def test_the_figure_model_size_answers_to_mouse_finger_and_keyboard(browser, sit
             page.keyboard.press("Tab")
             if width.evaluate("slider => slider === document.activeElement"):
                 break
+        else:
+            pytest.fail("the Tab key does not reach the slider")
         page.keyboard.press("ArrowRight")
         assert chosen() > state["dim"]
         state |= {"dim": chosen(), "hidden_dim": None}  # the MLP's width follows

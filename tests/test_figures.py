@@ -282,11 +282,6 @@ def test_a_module_and_anywidget_keep_their_contract(browser):
 SIZES = {"wide": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 
 
-@pytest.fixture(scope="module")
-def sites(serve, book) -> dict[str, str]:
-    return {"http": serve(book), "disk": f"{book.resolve().as_uri()}/"}
-
-
 @pytest.fixture
 def opened(browser, sites, request):
     """Opens the chapter; whatever goes wrong in it fails the test."""
