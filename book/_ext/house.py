@@ -31,7 +31,8 @@ MATHJAX = ["startup.js", "core.js", "input/tex.js", "input/tex/extensions/*.js",
 MATHJAX += ["output/chtml.js", "output/chtml/fonts/tex.js", "output/chtml/fonts/woff-v2/*.woff"]
 # Sphinx copies these in every build; no page asks for them.
 UNUSED = ["**/*.css", "**/*.map", "*-macros.html", "*thebe*", "readme.png", "locales", "vendor", "scripts/fontawesome*"]
-ICON_FONT = re.compile(r"\b(font|font-family|content):\W?(Font Awesome|var\(--(fa|pst-icon)-)")  # custom.css draws the few icons that the pages have
+# custom.css draws the few icons that the pages have.
+ICON_FONT = re.compile(r"\b(font|font-family|content):\W?(Font Awesome|var\(--(fa|pst-icon)-)")
 
 
 def keep_needed_scripts(app, pagename, templatename, context, doctree):
