@@ -6,11 +6,17 @@ import math
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaForCausalLM
 
 import tinylm.model
 from lab_source import definitions
+from test_checkpoint import KINDS, llama, make, tokens
+from tinylm.checkpoint import from_hf, hf_name, to_hf
 from tinylm.model import Config
 
 lab = definitions("00_tiny_model")
@@ -100,3 +106,48 @@ def test_rmsnorm_agrees_with_pytorchs(seed, c, scale):
     torch.nn.init.normal_(norm.weight)
     expected = torch.nn.functional.rms_norm(x, (c,), norm.weight, eps=1e-5)
     torch.testing.assert_close(norm(x), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_parity_table(parity, tmp_path):
+    """What chapter 0 shows of our agreement with other libraries."""
+    rows = []
+
+    def row(what, against, dtype, tolerance, differences):
+        facts = {"what": what, "against": against, "dtype": dtype, "cases": len(differences), "tolerance": tolerance}
+        worst = max(float(x.detach()) if isinstance(x, torch.Tensor) else abs(x) for x in differences)
+        rows.append({**facts, "worst": worst})
+
+    library, pytorch = f"transformers {transformers.__version__}", f"PyTorch {torch.__version__.split('+')[0]}"
+    out, back, slopes, params, flops = [], [], [], [], []
+    for i, change in enumerate(KINDS.values()):
+        model = make(**change)
+        theirs = LlamaForCausalLM.from_pretrained(to_hf(model, tmp_path / f"{i}"))
+        config, others = llama(tmp_path / f"llama{i}", **change)
+        x = tokens(config)
+        out.append((model(x) - theirs(x).logits).abs().max())
+        back.append((from_hf(tmp_path / f"llama{i}")(x) - others(x).logits).abs().max())
+        model.loss(x).backward()
+        theirs(x, labels=x).loss.backward()
+        names = dict(theirs.named_parameters())
+        slopes += [(p.grad - names[hf_name(n)].grad).abs().max() for n, p in model.named_parameters()]
+        params.append(model.config.n_params() - theirs.num_parameters())
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model.loss(x).backward()
+        flops.append(len(x) * model.config.train_flops(x.shape[1] - 1) - counter.get_total_flops())
+    row("logits, our weights in their model", f"{library} LlamaForCausalLM", "float32", 1e-5, out)
+    row("logits, their weights in our model", f"{library} LlamaForCausalLM", "float32", 1e-5, back)
+    row("gradients of the loss", f"{library} LlamaForCausalLM", "float32", 1e-5, slopes)
+    row("number of parameters", f"{library} LlamaForCausalLM", "integer", 0, params)
+    row("operations of a training step", f"{pytorch} FlopCounterMode", "integer", 0, flops)
+
+    g = torch.Generator().manual_seed(0)
+    attended, normed = [], []
+    for t, d in [(1, 4), (7, 8), (64, 16), (100, 32)]:
+        q, k, v = torch.randn(3, 2, 3, t, d, generator=g, dtype=torch.float64)
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attended.append((lab.attention(q, k, v) - expected).abs().max())
+        norm = lab.RMSNorm(d, eps=1e-5).double()
+        normed.append((norm(q) - torch.nn.functional.rms_norm(q, (d,), norm.weight, eps=1e-5)).abs().max())
+    row("the lab's attention", f"{pytorch} scaled_dot_product_attention", "float64", 1e-12, attended)
+    row("the lab's RMSNorm", f"{pytorch} rms_norm", "float64", 1e-12, normed)
+    parity("00_tiny_model", rows)

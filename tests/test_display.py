@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.colors import to_rgb
 
-from tinylm import plot, report
+from tinylm import plot, predict, report
 
 GLUE = "application/papermill.record/"
 
@@ -27,6 +27,8 @@ def displayed(monkeypatch):
 
     monkeypatch.setattr(report, "display", record)
     monkeypatch.setattr(plot, "display", record)
+    monkeypatch.setattr(predict, "display", record)
+    monkeypatch.setattr(predict, "_asked", {})
     return out
 
 
@@ -99,3 +101,51 @@ def test_figures_are_opaque_and_their_text_is_legible():
 def test_colab_needs_no_book():
     code = "import sys, tinylm.report, tinylm.plot; sys.exit('myst_nb' in sys.modules or 'sphinx' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def ask(answer=1):
+    predict.predict("1 < 2?", ["no", "yes"], answer, "Because.")
+    return predict._asked["1 < 2?"]
+
+
+def test_a_prediction_holds_its_answer_back_until_a_guess(displayed, capsys):
+    asked = ask()
+    ((data, _),) = displayed
+    assert data[WIDGET]["model_id"] == asked["widgets"].model_id
+    question, choice, commit, shown = asked["widgets"].children
+    assert "1 &lt; 2?" in question.value and choice.value is None and commit.disabled and not shown.value
+    choice.value = "(a) no"
+    assert not commit.disabled and not shown.value
+    predict.predictions()
+    assert "no guess" in capsys.readouterr().out, "a guess that is not committed is none"
+    commit.click()
+    assert "You guessed (a) no." in shown.value and "(b) yes. Because." in shown.value
+    assert choice.disabled and commit.disabled
+    predict.predictions()
+    assert capsys.readouterr().out == "1 < 2?\n  (b) yes: you guessed (a) no\n"
+
+
+def test_a_right_guess_is_called_so(displayed, capsys):
+    _, choice, commit, _ = ask()["widgets"].children
+    choice.value = "(b) yes"
+    commit.click()
+    predict.predictions()
+    assert "(b) yes: as you guessed" in capsys.readouterr().out
+
+
+def test_in_a_page_a_prediction_is_a_fold(displayed, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)  # a reader may have none
+    ask()
+    ((data, _),) = displayed
+    assert WIDGET not in data
+    before, fold = data["text/html"].split("<details>")
+    assert "1 &lt; 2?" in before and "Because" not in before and "(b) yes. Because." in fold
+    assert "Because" not in data["text/plain"]
+
+
+def test_an_answer_that_is_no_option_is_refused(displayed):
+    with pytest.raises(ValueError, match="index into the 2 options, got 2"):
+        ask(answer=2)

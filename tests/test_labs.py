@@ -43,12 +43,13 @@ def test_is_fresh(source):
     assert build.why_stale(source) is None, f"{source.stem} is stale ({build.why_stale(source)}): run `make notebooks`"
 
 
-@pytest.mark.parametrize("change", ["source", "output", "missing"])
+@pytest.mark.parametrize("change", ["source", "output", "missing", "student"])
 def test_a_stale_lab_is_named(change, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "ROOT", tmp_path)
     monkeypatch.setattr(build, "LABS", tmp_path / "labs")
     monkeypatch.setattr(build, "__file__", str(tmp_path / "labs" / "build.py"))
-    for path in ["requirements.txt", "labs/build.py", "labs/00_tiny_model.py", "labs/00_tiny_model.ipynb"]:
+    lab = ["labs/00_tiny_model.py", "labs/00_tiny_model.ipynb", "labs/student/00_tiny_model.ipynb"]
+    for path in ["requirements.txt", "labs/build.py", *lab]:
         (tmp_path / path).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
     source = tmp_path / "labs" / "00_tiny_model.py"
@@ -62,15 +63,19 @@ def test_a_stale_lab_is_named(change, tmp_path, monkeypatch):
         output = next(o for c in code_cells(notebook) for o in c.outputs if o.output_type == "stream")
         output["text"] = output["text"] + "0"
         nbformat.write(notebook, source.with_suffix(".ipynb"))
+    elif change == "student":
+        with build.student_path(source).open("a", encoding="utf-8") as file:
+            file.write(" ")
     else:
         source.with_suffix(".ipynb").unlink()
-    expected = {"source": "changed", "output": "edited", "missing": "not built"}[change]
+    sentences = {"source": "changed", "output": "were edited", "missing": "not built", "student": "student notebook"}
+    expected = sentences[change]
     assert expected in build.why_stale(source)
 
 
 @each_lab
 def test_is_built_from_its_source(source):
-    fresh, stored = build.read_source(source), built(source)
+    fresh, stored = build.complete(build.read_source(source)), built(source)
     assert [c.id for c in fresh.cells] == [c.id for c in stored.cells]
     assert [c.source for c in code_cells(fresh)] == [c.source for c in code_cells(stored)]
     assert len({c.id for c in stored.cells}) == len(stored.cells)
@@ -104,6 +109,36 @@ def test_every_figure_has_a_text_alternative(source):
     for cell in code_cells(built(source)):
         if any("image/png" in o.get("data", {}) for o in cell.outputs):
             assert len(cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")) > 40, cell.source[:60]
+
+
+@each_lab
+def test_every_widget_leaves_a_still_and_nothing_live(source):
+    notebook = built(source)
+    assert "widgets" not in notebook.metadata and build.WIDGET not in nbformat.writes(notebook)
+    for cell in code_cells(notebook):
+        live = "interactive(" in cell.source or "ipywidgets" in cell.source
+        assert live == ("widget" in cell.metadata.get("tags", [])), f"tag it `widget`, or do not:\n{cell.source}"
+        if live:
+            stills = [o for o in cell.outputs if "image/png" in o.get("data", {})]
+            assert stills and all(len(o.metadata["alt"]) > 40 for o in stills), cell.source
+
+
+def test_of_a_widget_the_build_keeps_the_still(tmp_path):
+    """A live figure that brings its still, a live one that does not, and the state that both leave in the notebook."""
+    source = tmp_path / "99_widgets.py"
+    cells = [
+        "import ipywidgets\nfrom tinylm.figures import interactive\ninteractive('model_size')",
+        "ipywidgets.IntSlider()",
+    ]
+    source.write_text("".join(f'# %% tags=["widget"]\n{cell}\n' for cell in cells), encoding="utf-8")
+    notebook = build.read_source(source)
+    build.execute(notebook)
+    assert nbformat.writes(notebook).count(build.WIDGET) >= 2 and notebook.metadata["widgets"]
+    build.normalise(notebook, 1)
+    assert build.WIDGET not in nbformat.writes(notebook) and "widgets" not in notebook.metadata
+    (still,) = notebook.cells[0].outputs
+    assert set(still.data) == {"image/png", "text/plain"} and notebook.cells[1].outputs == []
+    assert notebook.cells[0].metadata["mystnb"]["image"]["alt"] == still.metadata["alt"]
 
 
 @each_lab

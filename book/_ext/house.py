@@ -203,17 +203,14 @@ def mend(page: BeautifulSoup):
     for box in page.select(".admonition.dropdown"):  # folds without a script
         box.name, box.find(class_="admonition-title").name = "details", "summary"
         box["class"] = ["hide", *(name for name in box["class"] if name not in ("dropdown", "toggle"))]
-    for title in page.select("div.cell > details.hide > summary > .admonition-title"):
-        cell = title.find_parent("div", class_="cell")
-        solution = "tag_solution" in cell["class"] or "BEGIN SOLUTION" in cell.get_text()
-        what = "output" if title.find_parent("details", class_="below-input") else "solution" if solution else "code"
-        title.string = f"{title.get_text().split()[0]} the {what}"
     # A lab is plain Markdown: its quotations and verdicts get the boxes that chapters have.
     for quote in page.select("blockquote, .cell_output > p"):
         bold = quote.find("strong")
         if bold and BOX.match(bold.get_text()) and quote.get_text(strip=True).startswith(bold.get_text(strip=True)):
             kind = "verdict" if quote.name == "p" else BOX.match(bold.get_text())[1].lower()
             quote["class"] = list(dict.fromkeys([*quote.get("class", []), "box", kind]))
+    for question in page.select(".cell_output div.predict"):
+        question["class"] = ["box", "predict"]
     for table in page.select("table"):
         line_up_decimals(table, page)
 

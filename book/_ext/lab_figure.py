@@ -28,6 +28,7 @@ class LabFigure(Figure):
         output = find_output(notebook, name)
         if output is None:
             raise self.error(f"{notebook.name} has no stored figure {name!r}: run `make notebooks`, or correct the name")
+        self.notebook_output = output
         png = base64.b64decode(output["data"]["image/png"])
         path = Path(env.srcdir) / "_build" / "lab_figures" / f"{stem}-{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

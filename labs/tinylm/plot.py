@@ -63,16 +63,20 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 def show(figure: Figure, name: str, alt: str) -> None:
     """Display a figure with a text alternative, and under a name by which the book can place it."""
+    data, metadata = bundle(figure, name, alt)
+    display(data, raw=True, metadata=metadata)
+
+
+def bundle(figure: Figure, name: str, alt: str) -> tuple[dict, dict]:
+    """A figure as a notebook's output, data and metadata; closes it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     width, height = (round(inches * 100) for inches in figure.get_size_inches())
     plt.close(figure)
-    display(
-        {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": alt},
-        raw=True,
-        metadata={
-            "image/png": {"width": width, "height": height},
-            "scrapbook": {"name": name, "mime_prefix": ""},
-            "alt": alt,
-        },
-    )
+    data = {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": alt}
+    metadata = {
+        "image/png": {"width": width, "height": height},
+        "scrapbook": {"name": name, "mime_prefix": ""},
+        "alt": alt,
+    }
+    return data, metadata

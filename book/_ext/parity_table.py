@@ -1,0 +1,52 @@
+"""The directive `parity-table STEM`: the differences from other libraries that the tests of a lab measured.
+
+The rows are those of book/parity/STEM.json, which `pytest --write-parity` writes and every test run checks.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from docutils import nodes
+from docutils.parsers.rst import Directive
+
+HEADINGS = ("what", "against", "dtype", "cases", "tolerance", "largest difference")
+
+
+class ParityTable(Directive):
+    """A table with one row a comparison; its caption is the directive's content."""
+
+    required_arguments, has_content = 1, True
+
+    def run(self):
+        env = self.state.document.settings.env
+        path = Path(env.srcdir) / "book" / "parity" / f"{self.arguments[0]}.json"
+        env.note_dependency(str(path))
+        if not path.is_file():
+            raise self.error(f"there is no {path.name}: the tests of that lab write it (pytest --write-parity)")
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        table = nodes.table(classes=["parity"])
+        if self.content:
+            caption, _ = self.state.inline_text(" ".join(self.content), self.lineno)
+            table += nodes.title("", "", *caption)
+        group = nodes.tgroup(cols=len(HEADINGS))
+        group += [nodes.colspec(colwidth=1) for _ in HEADINGS]
+        group += nodes.thead("", self.row(HEADINGS))
+        group += nodes.tbody("", *[self.row(shown(row)) for row in rows])
+        table += group
+        return [table]
+
+    def row(self, texts):
+        entries = (nodes.entry("", nodes.paragraph("", "", *self.state.inline_text(t, self.lineno)[0])) for t in texts)
+        return nodes.row("", *entries)
+
+
+def shown(row: dict) -> tuple[str, ...]:
+    worst, tolerance = ("exact" if row[k] == 0 else f"{row[k]:.0e}".replace("e-0", "e-") for k in ("worst", "tolerance"))
+    return row["what"], row["against"], row["dtype"], f"{row['cases']:,}", tolerance, worst
+
+
+def setup(app):
+    app.add_directive("parity-table", ParityTable)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
