@@ -140,7 +140,7 @@ class Load:
         self.base, self.address, self.size = base, address, SIZES[size]
         self.heard, self.bytes = defaultdict(list), 0
         self.context = browser.new_context(**self.size, color_scheme=theme, reduced_motion="reduce")
-        self.context.set_default_timeout(15_000)
+        self.context.set_default_timeout(30_000)
         self.context.on("console", self._console)
         self.context.on("weberror", lambda error: self.heard["console"].append(str(error.error)))
         self.context.on("request", self._request)
@@ -183,7 +183,8 @@ class Load:
             if unquote(fragment) not in seen["ids"] if here else dead(url, self.base, folder):
                 faults.setdefault("links", []).append(href)
         if axe:
-            self.page.evaluate(AXE_SCRIPT)
+            if not self.page.evaluate("'axe' in window"):
+                self.page.evaluate(AXE_SCRIPT)
             found = self.page.evaluate(AXE, EXCLUDED)
             faults["axe"], met = found["faults"], set(found["met"])
         faults["weight"] = [f"{self.bytes / 2**20:.2f} MiB"] if self.bytes > MAX_BYTES else []

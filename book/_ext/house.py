@@ -187,6 +187,8 @@ def mend(page: BeautifulSoup):
         summary["aria-label"] = f"Pages under {summary.find_previous('a').get_text(strip=True)}"
     for sidebar in page.select("#pst-primary-sidebar"):
         sidebar.attrs |= {"role": "complementary", "aria-label": "The book"}
+    for caption in page.select("nav .caption[role=heading]"):  # names a part of the list; the page's first heading is its title
+        del caption["role"], caption["aria-level"]
     for citation in page.select(".citation-list > .citation"):
         citation["role"] = "listitem"
 
