@@ -318,7 +318,7 @@ def test_nbgrader_releases_and_grades(tmp_path):
     broken.parent.mkdir(parents=True)
     broken.write_text("this is no notebook", encoding="utf-8")
 
-    result = nbgrader(course, "autograde", stem, "--Execute.timeout=40")
+    result = nbgrader(course, "autograde", stem, "--Execute.timeout=30")
     points = {name: check.metadata.nbgrader.points for name, (_, check) in found.items()}
     expected = {
         "all": sum(points.values()),
