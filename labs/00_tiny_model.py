@@ -829,7 +829,7 @@ axis.loglog(
 )
 places = {
     "product, one token": (9, 2),
-    "RMSNorm": (-9, 4),
+    "RMSNorm": (9, -8),
     "AdamW": (-9, -3),
     "attention": (8, -10),
     "product, batch": (-8, -10),
@@ -867,8 +867,8 @@ label(
 cache_text = f"cache {cache_bandwidth / 1e9:.0f} GB/s"
 label(
     axis,
-    0.2,
-    0.2 * cache_bandwidth / 1e9,
+    1.2,
+    1.2 * cache_bandwidth / 1e9,
     cache_text,
     MUTED,
     xytext=(-8, 4),
