@@ -181,6 +181,17 @@ def student(notebook: NotebookNode) -> NotebookNode:
     return notebook
 
 
+def student_release(source: Path) -> NotebookNode:
+    """The student notebook as it is written, with a stamp that tells later whether somebody worked in it."""
+    notebook = student(_timed(read_source(source), source))
+    notebook.metadata["tinylm"] = {"content": content_hash(notebook)}
+    return notebook
+
+
+def was_edited(notebook: NotebookNode) -> bool:
+    return notebook.metadata.get("tinylm", {}).get("content") != content_hash(notebook)
+
+
 def write_nbgrader(sources: list[Path], folder: Path) -> None:
     """A course folder for nbgrader: its settings and the labs with solutions and hidden tests. It must not exist yet."""
     if folder.exists():
@@ -190,7 +201,9 @@ def write_nbgrader(sources: list[Path], folder: Path) -> None:
         path.parent.mkdir(parents=True)
         path.write_text(_text(_timed(read_source(source), source)), encoding="utf-8")
     (folder / "nbgrader_config.py").write_text(NBGRADER_CONFIG, encoding="utf-8")
-    print(f"{folder}: now  cd {folder} && nbgrader generate_assignment {sources[0].stem}")
+    print(f"In {folder}, with {Path(sys.executable).parent} on the path:")
+    for source in sources:
+        print(f"    nbgrader generate_assignment {source.stem}")
 
 
 NBGRADER_CONFIG = """\
@@ -285,7 +298,7 @@ def why_stale(source: Path) -> str | None:
     if stamp.get("content") != content_hash(notebook):
         return "its cells or outputs were edited after it was built"
     path = student_path(source)
-    if not path.exists() or path.read_text(encoding="utf-8") != _text(student(_timed(read_source(source), source))):
+    if not path.exists() or path.read_text(encoding="utf-8") != _text(student_release(source)):
         return "its student notebook is missing or was edited"
     return None
 
@@ -306,9 +319,13 @@ def build(source: Path) -> None:
     nbformat.validate(notebook)
     with replacing(source.with_suffix(".ipynb")) as temporary:
         temporary.write_text(_text(notebook), encoding="utf-8")
-    student_path(source).parent.mkdir(exist_ok=True)
-    with replacing(student_path(source)) as temporary:
-        temporary.write_text(_text(student(_timed(read_source(source), source))), encoding="utf-8")
+    path = student_path(source)
+    path.parent.mkdir(exist_ok=True)
+    if path.exists() and was_edited(nbformat.read(path, as_version=4)):  # somebody's work
+        kept = path.replace(path.with_name(f"edited-{path.name}"))
+        print(f"{path.name} was edited: it is kept as {kept}")
+    with replacing(path) as temporary:
+        temporary.write_text(_text(student_release(source)), encoding="utf-8")
     print(f"{source.stem}: built in {seconds:.0f} s, {peak} MB")
 
 

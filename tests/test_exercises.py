@@ -215,11 +215,22 @@ def test_a_blank_student_notebook_runs_to_its_end(stem, tmp_path):
 
 def test_an_error_that_is_no_blank_is_an_error(tmp_path):
     start = "from tinylm import exercises; exercises.listen()"
-    cells = ["def f():\n    raise NotImplementedError()", "y = f()", "y + 1", "def g():\n    return f()\nz = g()", "z"]
+    blank = "def f():\n    # YOUR CODE HERE\n    raise NotImplementedError()"
+    cells = [blank, "y = f()", "y + 1", "def g():\n    return f()\nz = g()", "z"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in [start, *cells]])
     execute(notebook, tmp_path)
     assert [printed(c).count("needs `f`") for c in notebook.cells] == [0, 0, 1, 1, 1, 1]
+    more = ["n = 1", "n += f()", "assert n == 1", "w = 3", "%%time\nw = f()", "w"]
+    notebook.cells = [nbformat.v4.new_code_cell(c) for c in [start, blank, *more]]
+    execute(notebook, tmp_path)
+    assert [printed(c).count("needs `f`") for c in notebook.cells] == [0, 0, 0, 1, 0, 0, 1, 1]
     solved = ["def f():\n    return 1", "y = f()", "assert y + 1 == 2", "del y"]
+    with pytest.raises(Exception, match="NameError"):  # the reader's own slip, in the exercise itself
+        notebook.cells = [nbformat.v4.new_code_cell(c) for c in [start, *cells, "def f():\n    return y", "f()"]]
+        execute(notebook, tmp_path)
+    with pytest.raises(Exception, match="NotImplementedError"):  # no exercise
+        notebook.cells = [nbformat.v4.new_code_cell(c) for c in [start, "def f():\n    raise NotImplementedError", "f()"]]
+        execute(notebook, tmp_path)
     for tail, error in (("nothing", "NameError"), ("raise NotImplementedError()", "NotImplemented"), ("y", "NameError")):
         notebook.cells = [nbformat.v4.new_code_cell(c) for c in [start, *cells, *solved, tail]]
         with pytest.raises(Exception, match=error):

@@ -73,6 +73,23 @@ def test_a_stale_lab_is_named(change, tmp_path, monkeypatch):
     assert expected in build.why_stale(source)
 
 
+def test_a_student_notebook_that_somebody_worked_in_is_kept(tmp_path, monkeypatch):
+    source = tmp_path / "99_topic.py"
+    source.write_text("# %% [markdown]\n# # A lab\n\n# %%\n1 + 1\n", encoding="utf-8")
+    monkeypatch.setattr(build, "execute", lambda notebook: (1.0, 1))
+    monkeypatch.setattr(build, "inputs_hash", lambda path: "")
+    build.build(source)
+    build.build(source)
+    path = build.student_path(source)
+    assert [p.name for p in path.parent.iterdir()] == [path.name], "untouched, it is replaced"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[1].source = "my work"
+    nbformat.write(notebook, path)
+    build.build(source)
+    assert nbformat.read(path, as_version=4).cells[1].source == "1 + 1"
+    assert nbformat.read(path.with_name(f"edited-{path.name}"), as_version=4).cells[1].source == "my work"
+
+
 @each_lab
 def test_is_built_from_its_source(source):
     fresh, stored = build.complete(build.read_source(source)), built(source)

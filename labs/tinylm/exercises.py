@@ -1,17 +1,20 @@
 """While an exercise is unsolved, a cell that needs it says so in a sentence, and the notebook runs on.
 
-An unsolved exercise is a function whose body raises NotImplementedError, as nbgrader leaves it.
+An unsolved exercise is a function as nbgrader leaves it: "# YOUR CODE HERE", and below it NotImplementedError is raised.
 """
 
 from __future__ import annotations
 
 import ast
+import linecache
 import os
 from types import TracebackType
 
 from IPython import get_ipython
 
-SENTENCE = "Not run: this cell needs `{}`, an exercise that is not solved yet. Solve it, run it, then run this cell again."
+SENTENCE = (
+    "Not run: this cell needs `{}`, an exercise that is not solved yet. Solve it, then run the cells from there to here."
+)
 
 
 def listen() -> None:
@@ -40,17 +43,21 @@ class _Listener:
 
     def cause(self, error: BaseException, trace: TracebackType) -> str | None:
         """The unsolved exercise behind an error, or None when it is an error like any other."""
-        if isinstance(error, NameError):
-            return self.blocked.get(error.name)
+        functions = [trace.tb_frame.f_code.co_qualname]
         while trace.tb_next is not None:
             trace = trace.tb_next
-        code = trace.tb_frame.f_code
-        here = trace.tb_frame.f_globals is self.shell.user_ns and code.co_name != "<module>"
-        return code.co_qualname if here else None
+            functions.append(trace.tb_frame.f_code.co_qualname)
+        if isinstance(error, NameError):  # within the exercise itself it is the reader's own
+            exercise = self.blocked.get(error.name)
+            return exercise if exercise not in functions else None
+        before = linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno - 1)
+        return functions[-1] if "YOUR CODE HERE" in before else None
 
     def settle(self, result) -> None:
         """After each cell: one that stopped counts as run, and what it would have computed must not linger from before."""
-        assigned, defined = bound_names(result.info.raw_cell or "")
+        source = result.info.raw_cell or ""
+        source = source.partition("\n")[2] if source.startswith("%%") else source
+        assigned, defined = bound_names(self.shell.transform_cell(source))
         if self.stopped is None:
             for name in (assigned | defined) & self.blocked.keys() & self.shell.user_ns.keys():
                 del self.blocked[name]
@@ -63,8 +70,8 @@ class _Listener:
 
 
 def bound_names(source: str) -> tuple[set[str], set[str]]:
-    """Top-level names of a cell that are bound by assignment, and by def, class and import."""
-    assigned, defined = set(), set()
+    """Top-level names of a cell that are bound by assignment (not read before), and by def, class and import."""
+    assigned, defined, read = set(), set(), set()
 
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -73,8 +80,15 @@ def bound_names(source: str) -> tuple[set[str], set[str]]:
             defined.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
         elif isinstance(node, ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
             pass  # their variables are their own
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            assigned.add(node.id)
+        elif isinstance(node, ast.Name):
+            if isinstance(node.ctx, ast.Store) and node.id not in read:
+                assigned.add(node.id)
+            read.add(node.id)
+        elif isinstance(node, ast.AugAssign):
+            read.update(n.id for n in ast.walk(node.target) if isinstance(n, ast.Name))
+        elif isinstance(node, ast.Assign):  # the right side is evaluated first
+            for child in (node.value, *node.targets):
+                visit(child)
         else:
             for child in ast.iter_child_nodes(node):
                 visit(child)

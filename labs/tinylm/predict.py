@@ -19,7 +19,8 @@ def predict(question: str, options: Sequence[str], answer: int, why: str) -> Non
     if not 0 <= answer < len(options):
         raise ValueError(f"answer must be an index into the {len(options)} options, got {answer}")
     letters = [f"({chr(97 + i)}) {option}" for i, option in enumerate(options)]
-    _asked[question] = asked = {"answer": letters[answer], "guess": None}
+    earlier = _asked.get(question, {}).get("guess")  # of a cell that is run again
+    _asked[question] = asked = {"answer": letters[answer], "guess": earlier}
     choices = "".join(f"<li>{html.escape(option)}</li>" for option in options)
     reveal = f"<p>{html.escape(letters[answer])}. {html.escape(why)}</p>"
     fold = (

@@ -29,7 +29,7 @@ def mean_over_everything(x, gain, eps):
     return x * torch.rsqrt(x.pow(2).mean() + eps) * gain
 
 
-@wrong("rms_norm", "over which dimension")
+@wrong("rms_norm", "lacks its root")
 def forgets_the_root(x, gain, eps):
     return x / (x.pow(2).mean(-1, keepdim=True) + eps) * gain
 
@@ -65,6 +65,12 @@ def as_complex_numbers(x, cos, sin):
 def both_signs_plus(x, cos, sin):
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos + b * sin, b * cos + a * sin], -1)
+
+
+@wrong("rotate", "which of cos and sin goes where")
+def cosine_and_sine_swapped(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * sin - b * cos, b * sin + a * cos], -1)
 
 
 @wrong("rotate", "turns the other way")
@@ -119,12 +125,30 @@ def mask_off_by_one(q, k, v):
     return scores.masked_fill(future, -math.inf).softmax(-1) @ v
 
 
-@wrong("attention", "a position sees itself too")
+@wrong("attention", "has no key left")
 def not_even_itself(q, k, v):
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     future = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(0)
-    future[0, 0] = False
     return scores.masked_fill(future, -math.inf).softmax(-1) @ v
+
+
+@wrong("attention", "a position sees itself too")
+def not_even_itself_and_a_finite_mask(q, k, v):
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    future = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(0)
+    return scores.masked_fill(future, -1e9).softmax(-1) @ v
+
+
+@wrong("attention", "the queries are the last positions")
+def queries_at_the_start(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@sly("attention", "mask before the softmax")
+def masked_after_the_softmax_and_renormalised(q, k, v):
+    t, s = q.shape[-2], k.shape[-2]
+    weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).tril(s - t)
+    return weights / weights.sum(-1, keepdim=True) @ v
 
 
 @wrong("attention", "lack their division")
@@ -144,12 +168,23 @@ def softmax_over_queries(q, k, v):
     return scores.masked_fill(future, -math.inf).softmax(-2) @ v
 
 
-@sly("attention", "the queries are the last positions")
-def queries_at_the_start(q, k, v):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+@sly("attention", "how deep is your mask")
+def a_shallow_mask(q, k, v):
+    t, s = q.shape[-2], k.shape[-2]
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    future = torch.ones(t, s, dtype=torch.bool).triu(s - t + 1)
+    return scores.masked_fill(future, -30.0).softmax(-1) @ v
 
 
-@sly("attention", "large scores overflow")
+@wrong("attention", "changed in place")
+def scales_the_queries_in_place(q, k, v):
+    q /= math.sqrt(q.shape[-1])
+    t, s = q.shape[-2], k.shape[-2]
+    future = torch.ones(t, s, dtype=torch.bool).triu(s - t + 1)
+    return (q @ k.mT).masked_fill(future, -math.inf).softmax(-1) @ v
+
+
+@sly("attention", "large scores give NaN")
 def unsafe_softmax(q, k, v):
     t, s = q.shape[-2], k.shape[-2]
     scores = (q @ k.mT / math.sqrt(q.shape[-1])).exp() * torch.ones(t, s).tril(s - t)
@@ -193,6 +228,13 @@ def sum_over_positions(logits, targets):
 @sly("cross_entropy", "its own target")
 def the_first_targets_logit(logits, targets):
     return (logits.logsumexp(-1) - logits[:, targets[0]]).mean()
+
+
+@sly("cross_entropy", "own largest")
+def the_largest_of_all_rows_taken_out(logits, targets):
+    shifted = logits - logits.max()
+    log_p = shifted - shifted.exp().sum(-1, keepdim=True).log()
+    return -log_p[torch.arange(len(targets)), targets].mean()
 
 
 @sly("cross_entropy", "softmax - target")
