@@ -846,8 +846,8 @@ for name, (function, flops, moved) in operations.items():
         f"{name:20}{flops / moved:7.2f} op/byte {flops / seconds / 1e9:7.1f} GFLOP/s,"
         f" roof from memory {roof / 1e9:6.1f}"
     )
-assert measured["product, batch"][1] > 5 * measured["RMSNorm"][1], (
-    "products should run far faster than norms"
+assert measured["product, batch"][1] > 2 * measured["RMSNorm"][1], (
+    "products should run faster than norms"
 )
 
 # %% tags=["plot"]
