@@ -51,6 +51,17 @@ def test_a_value_that_is_not_finite_is_refused(value, displayed):
     assert not displayed
 
 
+def test_a_table_is_shown_and_kept(displayed):
+    report.report_table("ladder", ["rung", "bits"], [["4 bits & more", "4.50"], ["8", "8.11"]])
+    ((data, metadata),) = displayed
+    assert "4 bits &amp; more</td>" in data["text/html"] and data["text/html"].count("<tr>") == 3
+    assert data["text/plain"].splitlines()[1:] == ["4 bits & more  4.50", "            8  8.11"]
+    assert metadata["scrapbook"]["name"] == "ladder"
+    assert metadata["table"] == {"headings": ["rung", "bits"], "rows": [["4 bits & more", "4.50"], ["8", "8.11"]]}
+    with pytest.raises(ValueError, match="2 headings and a row with 1"):
+        report.report_table("ladder", ["rung", "bits"], [["8"]])
+
+
 def test_a_verdict_is_shown_and_stored(displayed):
     report.verdict(7, "holds in part", "0.03 nats", "three seeds", "Because.")
     (shown, _), (stored, metadata) = displayed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import importlib
 import json
 import random
@@ -11,13 +12,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from axe_playwright_python.base import AXE_SCRIPT
 from playwright.sync_api import Browser, Page
 
+from lab_source import definitions
 from tinylm import checkpoint, figures
-from tinylm.figures import interactive, model_size
+from tinylm.figures import interactive, model_size, rounding_grid
 from tinylm.model import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +38,9 @@ def test_every_figure_has_its_two_halves_a_lab_and_a_chapter():
     for name in NAMES:
         module = importlib.import_module(f"tinylm.figures.{name}")
         assert all(callable(getattr(module, part)) for part in ("initial", "data", "numbers", "draw"))
-        assert f'interactive("{name}"' in labs and re.search(rf"^```\{{interactive-figure\}} \w+ {name}$", chapters, re.M)
+        assert f'interactive("{name}"' in labs and re.search(
+            rf"^```\{{interactive-figure\}} \w+ {name}$", chapters, re.M
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,20 +101,23 @@ def expected(state: dict) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def evaluate(browser: Browser):
-    """Calls an exported function of the module, as a notebook imports it, on each state of a list; integers stay exact."""
+    """Calls an exported function of a module, as a notebook imports it, on each of a list; integers stay exact."""
     page = browser.new_page()
-    code = base64.b64encode(figures.source("model_size").encode()).decode()
 
-    def call(function: str, states: list[dict]) -> list:
+    def integers(values: dict) -> dict:
+        return {k: int(v.removeprefix("BigInt ")) if isinstance(v, str) else v for k, v in values.items()}
+
+    def call(function: str, states: list, figure: str = "model_size", data: dict | None = None) -> list:
+        code = base64.b64encode(figures.source(figure).encode()).decode()
         answer = page.evaluate(
-            """async ([code, name, states]) => {
+            """async ([code, name, states, data]) => {
                 const module = await import("data:text/javascript;charset=utf-8;base64," + code);
                 const exact = (_, value) => (typeof value === "bigint" ? `BigInt ${value}` : value);
-                return JSON.stringify(states.map((state) => module[name](state)), exact);
+                return JSON.stringify(states.map((state) => module[name](state, data)), exact);
             }""",
-            [code, function, states],
+            [code, function, states, data],
         )
-        return json.loads(answer, object_hook=lambda o: {k: int(v.removeprefix("BigInt ")) for k, v in o.items()})
+        return json.loads(answer, object_hook=integers)
 
     yield call
     page.close()
@@ -271,7 +279,9 @@ def test_a_module_and_anywidget_keep_their_contract(browser):
     found = page.evaluate(CONTRACT, [code, {"state": start, "data": model_size.data()}, other])
     page.close()
     two = model_size.initial(START, n_heads=2, n_kv_heads=2)
-    assert found["log"] == [["set", "state", two], ["save"]], "a change that can be is saved once; one that cannot, never"
+    assert found["log"] == [["set", "state", two], ["save"]], (
+        "a change that can be is saved once; one that cannot, never"
+    )
     assert found == {**found, "keys": ["render"], "impossible": 0, "left": 0}
     assert int(found["moved"]) == model_size.numbers(other)["parameters"]
 
@@ -394,10 +404,18 @@ def divisors(n: int) -> list[int]:
 
 def last_state(page: Page, field: str, state: dict) -> dict:
     """The state after a slider moved, read from what it says to a screen reader."""
-    label = {"dim": "Width", "n_layers": "Depth", "context": "Context", "tokens": "Training tokens", "n_heads": "Query heads"}
+    label = {
+        "dim": "Width",
+        "n_layers": "Depth",
+        "context": "Context",
+        "tokens": "Training tokens",
+        "n_heads": "Query heads",
+    }
     said = page.get_by_role("slider", name=label[field], exact=True).get_attribute("aria-valuetext")
     digits, scale = re.match(r"([\d,.]+)(?:\s(thousand|million|billion|trillion))?\b", said).groups()
-    value = round(float(digits.replace(",", "")) * {None: 1, "million": 10**6, "trillion": 10**12, "billion": 10**9}[scale])
+    value = round(
+        float(digits.replace(",", "")) * {None: 1, "million": 10**6, "trillion": 10**12, "billion": 10**9}[scale]
+    )
     state = state | {field: value}
     return state | {"dim": {"hidden_dim": None}, "n_heads": {"n_kv_heads": value}}.get(field, {})
 
@@ -484,7 +502,9 @@ def test_axe_finds_nothing_in_any_state(opened, theme):
         page.get_by_role("slider", name="Query heads").focus()
         for _ in range(steps):
             page.keyboard.press("ArrowLeft")
-        found = page.evaluate("async () => (await axe.run('[data-figure]', { resultTypes: ['violations'] })).violations")
+        found = page.evaluate(
+            "async () => (await axe.run('[data-figure]', { resultTypes: ['violations'] })).violations"
+        )
         faults += [f"{rule['id']}: {node['html'][:100]}" for rule in found for node in rule["nodes"]]
     assert page.locator(".impossible").count() == 1 and faults == []
 
@@ -495,3 +515,353 @@ def test_without_scripts_there_is_the_still(opened):
     assert "did not run" in figure.inner_text()
     image = figure.locator("img")
     assert image.is_visible() and "865,408 parameters" in image.get_attribute("alt")
+
+
+# rounding_grid: the numbers
+
+
+GRIDS = [(kind, bits) for kind in ("absmax", "affine") for bits in range(2, 9)] + [("nf4", 4), ("fp4", 4)]
+
+
+def grid_states(seed: int) -> list[dict]:
+    """Every format, width and group size, each with a random outlier; a third as trained."""
+    draw = random.Random(seed)
+    outliers = [lambda: 0, lambda: draw.randint(1, 16), lambda: draw.uniform(0, 16)]
+    return [
+        {"format": kind, "bits": bits, "group_size": size, "outlier": outliers[i % 3]()}
+        for i, ((kind, bits), size) in enumerate((grid, n) for grid in GRIDS for n in rounding_grid.GROUP_SIZES)
+    ]
+
+
+def close(found: dict, expected: dict) -> None:
+    assert {k: v is None for k, v in found.items()} == {k: v is None for k, v in expected.items()}
+    assert {k: v for k, v in found.items() if v is not None} == pytest.approx(
+        {k: v for k, v in expected.items() if v is not None}, rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_grids_numbers_are_the_same_on_both_sides(evaluate, seed):
+    states = grid_states(seed)
+    assert len(states) == 112
+    for state, found in zip(states, evaluate("numbers", states, "rounding_grid", rounding_grid.data()), strict=True):
+        close(found, rounding_grid.numbers(state))
+
+
+def test_a_page_rounds_scales_to_float16_as_numpy_does(evaluate):
+    draw = np.random.default_rng(0)
+    ties = (1 + (2 * np.arange(1024) + 1) / 2048) * 2.0 ** draw.integers(
+        -14, 15, 1024
+    )  # halfway between two, and beside
+    tiny = 2.0**-25 * np.arange(2100)
+    x = np.concatenate(
+        [10 ** draw.uniform(-9, 4.9, 3000), ties, ties * (1 + 2**-50), ties * (1 - 2**-50), tiny, [0, 65519.9, 65520]]
+    )
+    found = [np.inf if y is None else y for y in evaluate("half", x.tolist(), "rounding_grid")]  # JSON has no infinity
+    with np.errstate(over="ignore"):
+        assert found == x.astype(np.float16).tolist()
+
+
+def test_grids_that_cannot_be_are_refused_on_both_sides(evaluate):
+    wrong = [
+        {"format": "int4"},
+        {"format": None},
+        {"bits": 1},
+        {"bits": 9},
+        {"bits": 3.5},
+        {"bits": None},
+        {"bits": "4"},
+    ]
+    wrong += [{"group_size": 100}, {"group_size": 0}, {"group_size": None}, {"outlier": -1}, {"outlier": 17}]
+    wrong += [{"outlier": None}, {"outlier": "4"}, {"format": "nf4", "bits": 3}, {"format": "fp4", "bits": 8}]
+    states = [rounding_grid.START | changes for changes in wrong]
+    data = rounding_grid.data()
+    for state, problem in zip(states, evaluate("problem", states, "rounding_grid", data), strict=True):
+        assert problem and problem.endswith("."), state
+        with pytest.raises(Exception, match="RangeError"):
+            evaluate("numbers", [state], "rounding_grid", data)
+        with pytest.raises(ValueError):
+            rounding_grid.initial(**state)
+    possible = grid_states(3)
+    assert evaluate("problem", possible, "rounding_grid", data) == [None] * len(possible)
+    with pytest.raises(ValueError, match="bits must be an integer from 2 to 8, got 9"):
+        interactive("rounding_grid", bits=9)
+    with pytest.raises(ValueError, match="unknown width; the state has format, bits, group_size, outlier"):
+        interactive("rounding_grid", width=4)
+
+
+def test_each_weight_goes_to_its_nearest_level_and_the_bits_are_those_stored():
+    for state in grid_states(4):
+        levels, index = rounding_grid.rounding(state)
+        w = rounding_grid.weights(state).reshape(-1, state["group_size"]).astype(float)
+        distance = np.abs(w - np.take_along_axis(levels, index, 1))
+        nearest = np.abs(w[..., None] - levels[:, None].astype(float)).min(-1)
+        scale = np.abs(levels[:, -1:] - levels[:, :1])
+        assert (distance <= nearest + 1e-6 * scale).all() or state["format"] == "affine"  # a zero point is rounded, too
+        assert (distance <= nearest + 0.51 * scale / (levels.shape[1] - 1)).all(), state
+        codes, n = state["bits"] * w.size, len(w)
+        stored = {"absmax": 16 * n, "affine": (16 + 8) * n, "nf4": 32 * n, "fp4": 16 * n}[state["format"]]
+        assert rounding_grid.numbers(state)["bits_per_weight"] == pytest.approx((codes + stored) / w.size)
+
+
+def test_the_grids_are_those_of_the_lab():
+    lab = definitions("02_quantization")
+    assert torch.equal(lab.nf4_levels(), torch.tensor(rounding_grid.CODEBOOKS["nf4"]))
+    for state in grid_states(5):
+        kind, size = state["format"], state["group_size"]
+        w = torch.tensor(rounding_grid.weights(state)).reshape(-1, size)
+        levels, index = rounding_grid.rounding(state)
+        w_hat = torch.tensor(np.take_along_axis(levels, index, 1))
+        if kind == "absmax":
+            assert torch.equal(w_hat, lab.dequantize_groups(*lab.quantize_groups(w, state["bits"], size)))
+        elif kind == "nf4":
+            codes, absmax = lab.nf4_quantize(w, size)
+            assert torch.equal(torch.tensor(index).flatten(), codes.long())
+            assert torch.equal(w_hat, lab.nf4_dequantize(codes, absmax, w.shape, size))
+        elif kind == "affine":  # whose scale the lab leaves in float32
+            q, scale, zero = lab.affine_quantize(w, state["bits"], axis=1)
+            assert ((lab.affine_dequantize(q, scale, zero) - w_hat).abs() <= 1.2 * scale).all()
+            assert ((scale - torch.tensor(levels[:, 1:] - levels[:, :-1])).abs() <= 2**-10 * scale).all()
+
+
+def test_the_weights_are_the_checkpoints():
+    w = checkpoint.load("shakespeare-800k").blocks[0].mlp.down_proj.weight[:4].detach().flatten()
+    shown = torch.tensor(rounding_grid.weights(rounding_grid.initial(outlier=0)))
+    assert (w - shown).abs().max() <= rounding_grid.UNIT / 2 and rounding_grid._sigma() == pytest.approx(
+        w.std().item(), rel=1e-3
+    )
+    assert (shown.abs() / w.std() < 5).all(), "none is an outlier as trained"
+    moved = torch.tensor(rounding_grid.weights(rounding_grid.initial(outlier=9)))
+    assert (moved != shown).nonzero().flatten().tolist() == [rounding_grid.MARKED]
+    assert len(json.dumps(rounding_grid.data())) < 10_000
+
+
+def test_what_the_figure_is_there_to_show():
+    """An outlier stretches the grid of all that share its scale; groups contain that, and cost scales."""
+
+    def at(**changes) -> dict:
+        return rounding_grid.numbers(rounding_grid.initial(**changes))
+
+    trained, one, row, groups = (
+        at(group_size=1536, outlier=0),
+        at(group_size=1536),
+        at(group_size=384),
+        at(group_size=32),
+    )
+    assert one["rms_error"] > 2 * trained["rms_error"] and one["zeros"] > 2 * trained["zeros"]
+    assert one["levels_used"] < trained["levels_used"]
+    assert row["rms_error_elsewhere"] < trained["rms_error"] < row["rms_error_marked"]
+    assert one["rms_error"] > row["rms_error"] > groups["rms_error"] and groups["rms_error"] < trained["rms_error"]
+    assert one["bits_per_weight"] < row["bits_per_weight"] < groups["bits_per_weight"] == 4.5
+
+
+# rounding_grid in a notebook
+
+
+def test_the_grid_is_a_widget_with_a_still():
+    grid = interactive("rounding_grid", group_size=64)
+    assert grid.widget.get_state()["_esm"] == figures.source("rounding_grid")
+    assert grid.widget.get_state()["data"] == json.loads(json.dumps(grid.data))
+    grid.widget.set_state({"state": grid.state | {"bits": 3}})  # as the browser's message does
+    assert grid.state["bits"] == 3 and grid.numbers == rounding_grid.numbers(grid.state)
+    with pytest.raises(ValueError, match="nf4 has codes of 4 bits, got bits=3"):
+        grid.set(format="nf4")
+    for state in [grid.state, *rounding_grid.PRESETS.values(), rounding_grid.initial(bits=8, group_size=8, outlier=16)]:
+        grid.set(**state)
+        data, metadata = grid._repr_mimebundle_()
+        assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
+        assert metadata["interactive"] == {"state": state, "data": grid.data}
+        assert f"{grid.numbers['snr_db']:.1f} dB" in metadata["alt"] and "%" not in metadata["alt"]
+
+
+KEEPS = """async ([code, values, other]) => {
+    const { default: figure } = await import("data:text/javascript;charset=utf-8;base64," + code);
+    const el = document.body.appendChild(document.createElement("div")), log = [], heard = new Map();
+    const model = {
+        get: key => values[key],
+        set: (key, value) => { values[key] = value; log.push(["set", key, value]); heard.get("change:" + key)?.(); },
+        save_changes: () => log.push(["save"]),
+        on: (event, f) => heard.set(event, f),
+        off: (event, f) => heard.get(event) === f && heard.delete(event),
+    };
+    const cleanup = await figure.render({ model, el, experimental: {} });
+    const bits = el.querySelector("input[type=range]");
+    bits.value = 0, bits.dispatchEvent(new Event("input"));
+    values.state = other, heard.get("change:state")();  // the kernel moves the figure
+    const moved = el.querySelector("output[data-quantity=snr_db]").dataset.value;
+    cleanup();
+    return { log, moved, left: heard.size };
+}"""
+
+
+def test_the_grid_and_anywidget_keep_their_contract(browser):
+    page = browser.new_page()
+    code = base64.b64encode(figures.source("rounding_grid").encode()).decode()
+    start, other = rounding_grid.initial(), rounding_grid.initial(format="nf4", outlier=5)
+    found = page.evaluate(KEEPS, [code, {"state": start, "data": rounding_grid.data()}, other])
+    page.close()
+    assert found["log"] == [["set", "state", start | {"bits": 2}], ["save"]] and found["left"] == 0
+    assert float(found["moved"]) == pytest.approx(rounding_grid.numbers(other)["snr_db"], rel=1e-9)
+
+
+# rounding_grid on a page of its own, placed as the book's directive places it, in the colours of the book's theme
+
+
+COLORS = """html { font: 16px/1.65 sans-serif; background: var(--pst-color-background) } body { margin: 0 16px }
+:root { --pst-color-text-base: #222832; --pst-color-text-muted: #48566b; --pst-color-border: #d1d5da;
+--pst-color-background: #fff }
+html[data-theme="dark"] { --pst-color-text-base: #ced6dd; --pst-color-text-muted: #9ca4af; --pst-color-border: #48566b;
+--pst-color-background: #14181e }"""
+
+
+@pytest.fixture
+def grid_page(browser, tmp_path):
+    """Opens the figure; whatever goes wrong in it fails the test."""
+    sys.path.insert(0, str(ROOT / "book" / "_ext"))
+    from interactive_figure import PAGE
+
+    contexts, faults = [], []
+
+    def open_page(width: int = 1280, theme: str = "light", **changes) -> Page:
+        values = {"state": rounding_grid.initial(**changes), "data": rounding_grid.data()}
+        live = PAGE.format(
+            name="rounding_grid", values=html.escape(json.dumps(values)), script=figures.script("rounding_grid"),
+            style=json.dumps(figures.style()),
+        )  # fmt: skip
+        assert len(live) < 50_000
+        file = tmp_path / "grid.html"
+        head = '<meta charset="utf-8"><title>A grid</title><meta name="viewport" content="width=device-width">'
+        body = (
+            f'<main><h1>A grid</h1><figure style="margin: 0">{live}<figcaption>After it.</figcaption></figure></main>'
+        )
+        text = f'<!doctype html><html lang="en" data-theme="{theme}">{head}<style>{COLORS}</style>{body}</html>'
+        file.write_text(text, encoding="utf-8")
+        contexts.append(browser.new_context(viewport={"width": width, "height": 900}, has_touch=width < 500))
+        contexts[-1].set_default_timeout(10_000)
+        contexts[-1].on("weberror", lambda error: faults.append(error.error))
+        page = contexts[-1].new_page()
+        page.goto(file.as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert faults == []
+
+
+def grid_shows(page: Page, **changes) -> None:
+    """Hold the page's numbers to Python's for the first state with these changes."""
+    expected = rounding_grid.numbers(rounding_grid.initial(**changes))
+    outputs = page.locator("output").all()
+    found = {o.get_attribute("data-quantity"): o.get_attribute("data-value") for o in outputs}
+    del expected["levels"]  # shown beside the levels used
+    close({key: None if value is None else float(value) for key, value in found.items()}, expected)
+    dashes = [o.get_attribute("data-quantity") for o in outputs if o.inner_text() == "–"]
+    assert dashes == [key for key, value in expected.items() if value is None]
+
+
+@pytest.mark.parametrize("by", ["mouse", "touch", "keyboard"])
+def test_every_control_of_the_grid_is_operable(grid_page, by):
+    page = grid_page(320 if by == "touch" else 1280)
+    grid_shows(page)
+    changes, drawn = {}, set()
+    for label, field, key, share, value, said in [
+        ("Bits of a code", "bits", "Home", 0.0, 2, "2"),
+        ("Group size", "group_size", "End", 1.0, 8, "8"),
+        ("Marked weight", "outlier", "End", 1.0, 16, "16 σ"),
+        ("Group size", "group_size", "Home", 0.0, 1536, "all 1,536"),
+        ("Marked weight", "outlier", "Home", 0.0, 0, "as trained"),
+        ("Group size", "group_size", "ArrowRight", 1 / 6, 384, "384, a row"),
+    ]:
+        slider = page.get_by_role("slider", name=label, exact=True)
+        if by == "keyboard":
+            slider.focus()
+            page.keyboard.press(key)
+        else:
+            tap_at(page, slider, share, by)
+        changes[field] = value
+        assert normal(slider.get_attribute("aria-valuetext")) == said
+        grid_shows(page, **changes)
+        drawn.add(page.locator(".picture svg").first.inner_html())
+    assert len(drawn) == 6, "the picture follows"
+    formats = page.get_by_label("Format")
+    if by == "keyboard":
+        formats.focus()
+        page.keyboard.press("ArrowDown")
+    else:
+        formats.select_option(label="Integers with a zero point")
+    grid_shows(page, **changes, format="affine")
+    formats.select_option(label="NF4 (normal floats)")
+    assert page.get_by_role("slider", name="Bits of a code").is_disabled(), "NF4 has 4 bits"
+    grid_shows(page, **changes | {"format": "nf4", "bits": 4})
+    for name, state in rounding_grid.PRESETS.items():
+        button = page.get_by_role("button", name=name)
+        button.press("Enter") if by == "keyboard" else button.tap() if by == "touch" else button.click()
+        grid_shows(page, **state)
+        assert [b.inner_text() for b in page.locator("button[aria-pressed=true]").all()] == [name]
+    controls = page.locator("[data-figure] :is(button, input, select)").count()
+    assert page.locator("[data-figure] [data-lm-suppress-shortcuts]").count() == controls == 8
+
+
+def test_the_words_follow_the_grid_once_the_reader_rests(grid_page):
+    page = grid_page()
+    words = page.locator("p.words[aria-live=polite]")
+    q = rounding_grid.numbers(rounding_grid.initial())
+    first = normal(words.inner_text())
+    assert first.startswith(
+        "Symmetric integers of 4 bits, a scale for each 128 of 1,536 weights: 4.125 bits a weight in all. "
+    )
+    assert "put at 12 σ; the 15 levels of its group run from −12 σ to 12 σ, and 6 are used" in first
+    assert f"signal to error {q['snr_db']:.1f} dB" in first and "in the 11 others" in first
+    page.evaluate(
+        """() => { window.spoken = 0; new MutationObserver(() => window.spoken++).observe(
+            document.querySelector("p.words"), { childList: true, characterData: true, subtree: true }); }"""
+    )
+    page.get_by_role("slider", name="Group size").focus()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    assert normal(words.inner_text()) == first
+    page.wait_for_function("window.spoken > 0")
+    said = normal(words.inner_text())
+    assert page.evaluate("window.spoken") == 1 and "one scale for all 1,536 weights: 4.01 bits a weight" in said
+    assert (
+        "others" not in said
+        and f"{100 * rounding_grid.numbers(rounding_grid.initial(group_size=1536))['zeros']:.1f} %" in said
+    )
+    page.get_by_role("button", name="NF4, as QLoRA has it").click()
+    page.wait_for_function("window.spoken > 1")
+    assert "is at −1.01 σ, as trained" in normal(words.inner_text())
+    assert page.locator("output:not([aria-live=off])").count() == 0
+    assert page.locator(".picture").get_attribute("aria-hidden") == "true"
+
+
+@pytest.mark.parametrize("width", [1280, 390, 320])
+def test_nothing_moves_or_sticks_out_of_the_grid(grid_page, width):
+    page = grid_page(width)
+    heights, figure = set(), page.locator("[data-figure]")
+    for name in rounding_grid.PRESETS:
+        page.get_by_role("button", name=name).click()
+        page.wait_for_timeout(700)
+        heights.add(round(figure.bounding_box()["height"]))
+    page.get_by_label("Format").select_option(label="Integers with a zero point")
+    for label in ("Bits of a code", "Group size", "Marked weight"):
+        page.get_by_role("slider", name=label).press("End")
+    page.wait_for_timeout(700)
+    heights.add(round(figure.bounding_box()["height"]))
+    assert len(heights) == 1, heights
+    assert page.evaluate("document.scrollingElement.scrollWidth") == width
+    out = "[...document.querySelectorAll('[data-figure] :not(svg svg, svg svg *)')]"
+    out += ".map(e => [e.getBoundingClientRect(), e]).filter(([box]) => box.left < 0 || box.right > innerWidth)"
+    assert page.evaluate(f"{out}.map(([, e]) => e.outerHTML)") == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_in_the_grid(grid_page, theme):
+    page = grid_page(theme=theme)
+    page.evaluate(AXE_SCRIPT)
+    for name in rounding_grid.PRESETS:
+        page.get_by_role("button", name=name).click()
+        found = page.evaluate(
+            "async () => (await axe.run('[data-figure]', { resultTypes: ['violations'] })).violations"
+        )
+        assert [f"{rule['id']}: {node['html'][:100]}" for rule in found for node in rule["nodes"]] == []

@@ -23,19 +23,25 @@ A caption.
 ```{parity-table} 00_tiny_model
 Differences.
 ```
+
+```{lab-table} 02_quantization ladder
+Rungs.
+```
 """
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """A book of one page and the lab that it quotes."""
+    """A book of one page and the labs that it quotes."""
     folder = tmp_path_factory.mktemp("book")
     shutil.copytree(ROOT / "book", folder / "book", ignore=shutil.ignore_patterns("__pycache__", "*.md", "*.png"))
     (folder / "labs").mkdir()
-    shutil.copy(ROOT / "labs" / "00_tiny_model.ipynb", folder / "labs")
+    labs = ("00_tiny_model", "02_quantization")
+    for lab in labs:
+        shutil.copy(ROOT / "labs" / f"{lab}.ipynb", folder / "labs")
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     (folder / "_config.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    toc = {"format": "jb-book", "root": "book/page", "chapters": [{"file": "labs/00_tiny_model"}]}
+    toc = {"format": "jb-book", "root": "book/page", "chapters": [{"file": f"labs/{lab}"} for lab in labs]}
     (folder / "_toc.yml").write_text(yaml.safe_dump(toc), encoding="utf-8")
     return folder
 
@@ -53,6 +59,7 @@ def test_stored_numbers_figures_and_tables_reach_the_page(project):
     html = (project / "_build" / "html" / "book" / "page.html").read_text(encoding="utf-8")
     assert "A number: <span" in html and "29,856" in html
     assert "LlamaForCausalLM" in html and "fig_training.png" in html
+    assert "<p>loss, nats</p>" in html and "<p>4 bits, one a row</p>" in html
 
 
 @pytest.mark.parametrize(
@@ -61,8 +68,9 @@ def test_stored_numbers_figures_and_tables_reach_the_page(project):
         ("params_30k", "params_31k", "params_31k"),
         ("fig_training", "fig_trainings", "has no stored figure 'fig_trainings'"),
         ("parity-table} 00", "parity-table} 09", "there is no 09_tiny_model.json"),
+        ("quantization ladder", "quantization laddder", "has no stored table 'laddder'"),
     ],
-    ids=["number", "figure", "table"],
+    ids=["number", "figure", "parity", "table"],
 )
 def test_what_is_missing_fails_the_build(project, there, missing, complaint):
     assert there in PAGE

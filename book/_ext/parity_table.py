@@ -6,6 +6,7 @@ The rows are those of book/parity/STEM.json, which `pytest --write-parity` write
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from docutils import nodes
@@ -26,20 +27,26 @@ class ParityTable(Directive):
         if not path.is_file():
             raise self.error(f"there is no {path.name}: the tests of that lab write it (pytest --write-parity)")
         rows = json.loads(path.read_text(encoding="utf-8"))
-        table = nodes.table(classes=["parity"])
-        if self.content:
-            caption, _ = self.state.inline_text(" ".join(self.content), self.lineno)
-            table += nodes.title("", "", *caption)
-        group = nodes.tgroup(cols=len(HEADINGS))
-        group += [nodes.colspec(colwidth=1) for _ in HEADINGS]
-        group += nodes.thead("", self.row(HEADINGS))
-        group += nodes.tbody("", *[self.row(shown(row)) for row in rows])
-        table += group
-        return [table]
+        return [table_of(self, HEADINGS, [shown(row) for row in rows])]
 
-    def row(self, texts):
-        entries = (nodes.entry("", nodes.paragraph("", "", *self.state.inline_text(t, self.lineno)[0])) for t in texts)
-        return nodes.row("", *entries)
+
+def table_of(directive: Directive, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> nodes.table:
+    """A table of texts with inline markup; its caption is the directive's content."""
+
+    def row(texts):
+        inline = (directive.state.inline_text(text, directive.lineno)[0] for text in texts)
+        return nodes.row("", *(nodes.entry("", nodes.paragraph("", "", *found)) for found in inline))
+
+    table = nodes.table(classes=["parity"])
+    if directive.content:
+        caption, _ = directive.state.inline_text(" ".join(directive.content), directive.lineno)
+        table += nodes.title("", "", *caption)
+    group = nodes.tgroup(cols=len(headings))
+    group += [nodes.colspec(colwidth=1) for _ in headings]
+    group += nodes.thead("", row(headings))
+    group += nodes.tbody("", *[row(texts) for texts in rows])
+    table += group
+    return table
 
 
 def shown(row: dict) -> tuple[str, ...]:
