@@ -256,7 +256,8 @@ def test_bits_are_counted_from_what_is_stored():
 def test_double_quantization_of_equal_scales():
     scales = torch.full((300,), 0.75)
     codes, absmax2, offset = lab.double_quantize(scales)
-    assert codes.shape == (300,) and absmax2.tolist() == [0, 0] and offset == 0.75
+    assert (lab.dynamic_map()[codes.long()] == 0).all() and codes.shape == (300,)
+    assert absmax2.tolist() == [0, 0] and offset == 0.75
     assert torch.equal(lab.double_dequantize(codes, absmax2, offset), scales)
 
 

@@ -20,6 +20,7 @@ from bs4 import BeautifulSoup
 from playwright.sync_api import Browser
 
 from conftest import chromium
+from tinylm.figures import rounding_grid
 from tinylm.model import Config
 
 SIZES = {
@@ -252,7 +253,7 @@ def test_search_finds_a_word_and_only_where_it_stands(browser, sites, book, site
 
 def test_every_interactive_figure_has_a_test_of_its_own_here(book):
     placed = [re.findall(r'data-figure="(\w+)"', path.read_text(encoding="utf-8")) for path in book.rglob("*.html")]
-    assert {name for names in placed for name in names} == {"model_size"}
+    assert {name for names in placed for name in names} == {"model_size", "rounding_grid"}
 
 
 def counts(state: dict) -> dict[str, int]:
@@ -400,3 +401,53 @@ def test_without_a_browser_the_tests_say_so(monkeypatch, tmp_path):
             chromium(str(tmp_path / "chrome"))
     (tmp_path / "chrome").touch()
     assert chromium(str(tmp_path / "chrome")) == str(tmp_path / "chrome")
+
+
+@pytest.mark.parametrize(("site", "size"), [("http", "wide"), ("http", "phone"), ("disk", "wide")])
+def test_the_figure_rounding_grid_answers_to_mouse_finger_and_keyboard(browser, sites, site, size):
+    def shows(state: dict, words: str) -> dict[str, str]:
+        """Wait until the text alternative says this, hold the numbers to Python's, return the numbers in words."""
+        figure.locator("[aria-live=polite]", has_text=words).wait_for()
+        expected = {k: v for k, v in rounding_grid.numbers(state).items() if v is not None and k != "levels"}
+        outputs = {o.get_attribute("data-quantity"): o for o in figure.locator("output").all()}
+        found = {name: float(outputs[name].get_attribute("data-value")) for name in expected}
+        assert found == pytest.approx(expected, rel=1e-9)
+        return {name: outputs[name].inner_text() for name in expected}
+
+    with Load(browser, "book/02_quantization.html", sites[site], size) as load:
+        page = load.page
+        figure = page.locator("[data-figure=rounding_grid]")
+        state = json.loads(figure.get_attribute("data-values"))["state"]
+        assert state == rounding_grid.initial()
+        seen = [shows(state, "a scale for each 128 of 1,536 weights")]
+
+        marked = figure.get_by_label("Marked weight", exact=True)
+        for _ in range(300):
+            page.keyboard.press("Tab")
+            if marked.evaluate("slider => slider === document.activeElement"):
+                break
+        else:
+            pytest.fail("the Tab key does not reach the slider")
+        page.keyboard.press("ArrowRight")
+        state |= {"outlier": state["outlier"] + 1}
+        seen.append(shows(state, f"was put at {state['outlier']}\u00a0σ"))
+
+        group = figure.get_by_label("Group size", exact=True)
+        group.scroll_into_view_if_needed()
+        box = group.bounding_box()
+        middle, right = box["y"] + box["height"] / 2, box["x"] + 0.98 * box["width"]
+        if size == "phone":
+            page.touchscreen.tap(right, middle)
+        else:
+            steps = group.evaluate("slider => slider.value / slider.max")
+            page.mouse.move(box["x"] + 8 + steps * (box["width"] - 16), middle)  # the knob
+            page.mouse.down()
+            page.mouse.move(right, middle, steps=5)
+            page.mouse.up()
+        state |= {"group_size": 8}
+        seen.append(shows(state, "a scale for each 8 of 1,536 weights"))
+
+        figure.get_by_role("button", name="As trained", exact=True).press("Enter")
+        seen.append(shows(rounding_grid.PRESETS["As trained"], "one scale for all 1,536 weights"))
+        assert len({s["snr_db"] for s in seen}) == len({s["rms_error"] for s in seen}) == len(seen), seen
+        assert load.heard == {}

@@ -548,6 +548,22 @@ def test_the_grids_numbers_are_the_same_on_both_sides(evaluate, seed):
         close(found, rounding_grid.numbers(state))
 
 
+@pytest.mark.parametrize("largest", [14, 15, 24, 62, 510, 5898, 7183])
+def test_weights_halfway_between_levels_go_the_same_way_on_both_sides(evaluate, monkeypatch, largest):
+    """Multiples of half a step; and twice a weight beside a midpoint of NF4, where w / a and w (1 / a) differ."""
+    w = np.random.default_rng(largest).integers(-largest, largest + 1, 1536).astype(float)
+    w[::8], w[1::8] = largest, {5898: 5081, 7183: 6188}.get(largest, -largest)
+    monkeypatch.setattr(rounding_grid, "_trained", lambda: w)
+    states = [state | {"outlier": 0} for state in grid_states(0)]
+    for state, found in zip(states, evaluate("numbers", states, "rounding_grid", rounding_grid.data()), strict=True):
+        with np.errstate(divide="ignore"):  # 8 bits hold some of these numbers exactly
+            expected = rounding_grid.numbers(state)
+        if expected["rms_error"]:
+            close(found, expected)
+        else:
+            assert found["rms_error"] == 0
+
+
 def test_a_page_rounds_scales_to_float16_as_numpy_does(evaluate):
     draw = np.random.default_rng(0)
     ties = (1 + (2 * np.arange(1024) + 1) / 2048) * 2.0 ** draw.integers(

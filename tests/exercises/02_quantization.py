@@ -2,8 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from lab_source import definitions
 from proof import right, sly, wrong
+
+from lab_source import definitions
 
 lab = definitions("02_quantization")
 
