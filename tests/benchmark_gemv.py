@@ -162,6 +162,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(2)
     lab = definitions("02_quantization")
+    lab.use_wide_vectors()
     n = 12 if arguments.quick else 60
     lines = [f"{SIDE} x {SIDE} times one vector, two threads unless said; milliseconds, medians; ratios with quartiles"]
     lines += [f"{'where':17}{'product':12}{'ms':>8}   {'times float32':20}{'allowed':>7}{'reached':>9}{'GB/s':>9}"]

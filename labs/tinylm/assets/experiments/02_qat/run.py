@@ -3,7 +3,7 @@
     python labs/tinylm/assets/experiments/02_qat/run.py
 
 Interrupted, it goes on where it was. Prints each run's loss above the shipped model's, paired on the same windows. About
-half an hour on one core.
+a quarter of an hour on one core.
 """
 
 from __future__ import annotations
