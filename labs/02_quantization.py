@@ -3735,7 +3735,6 @@ report("kv_llama_4", sizes["4 bits", 32_768], "GB for the same in 4 bits")
 from importlib.resources import files
 
 import numba
-from llvmlite import binding as llvm
 from numba import njit, prange
 
 # %% [markdown]
@@ -3746,22 +3745,7 @@ from numba import njit, prange
 # - `fastmath` allows the compiler to add in another order. Without it one long sum cannot be cut into the lanes of a vector, and each weight waits for the one before. (It is given these three liberties only; NaN stays NaN.)
 # - Eight rows at a time. They share the loads of $x$, and if they come from eight places of the matrix, the processor fetches from eight pages of memory at once instead of waiting for one.
 #
-# For a vector of weights, the processor then does three instructions: widen, convert, multiply and add. A vector of 256 bits holds eight weights. Many processors have 512; Numba's compiler avoids them there, because on early ones the clock slowed down. This loop does nothing else, so we ask for them.
-
-
-# %%
-def use_wide_vectors() -> None:
-    """Let Numba's compiler use vectors of 512 bits, where there are any.
-
-    Has an effect only before Numba compiles the first function of a process.
-    """
-    features = llvm.get_host_cpu_features()
-    if features.get("avx512f"):
-        numba.config.CPU_NAME = llvm.get_host_cpu_name()
-        numba.config.CPU_FEATURES = features.flatten() + ",-prefer-256-bit"
-
-
-use_wide_vectors()
+# For eight weights, a vector of 256 bits, the processor then does three instructions: widen, convert, multiply and add.
 
 
 # %%
@@ -3884,7 +3868,7 @@ print("37 rows of 96 codes: right within float32's rounding")
 # 2. **Nibbles must be moved to the right.** Take eight codes as one 32-bit word. The mask that picks out a nibble leaves it where it is, $16^q$ times too large. Divide $x$ by $16^q$ instead, once for all rows: a power of two, so the product stays exactly the same. No nibble moves, except that the upper half of the word has to come down.
 # 3. **Codes are stored as code + 8.** $\sum_j (c_j - 8)\,x_j = \sum_j c_j x_j - 8 \sum_j x_j$, and the last sum is the same for all rows: it becomes the value that the sum starts from.
 #
-# What is left for a vector of weights is mask, convert, multiply and add: three instructions, as for int8. (The `np.int32` in the code is there because Numba's bit operations give 64-bit integers, of which a vector holds half as many.) Four rows at a time, from the four quarters of the matrix, are enough here: a word holds eight codes.
+# What is left for eight weights is mask, convert, multiply and add: three instructions, as for int8. (The `np.int32` in the code is there because Numba's bit operations give 64-bit integers, of which a vector holds half as many.) Four rows at a time, from the four quarters of the matrix, are enough here: a word holds eight codes.
 
 
 # %%
@@ -4087,7 +4071,7 @@ def race(contenders: dict, seconds: float, calls: int = 5) -> dict[str, float]:
 
 # %%
 predict(
-    "4 bits take fewer bytes than 8, and both loops do three instructions for a vector of weights. "
+    "4 bits take fewer bytes than 8, and both loops do three instructions for eight weights. "
     "With the matrix in the cache, the 4-bit product takes",
     ["about half as long", "about as long", "twice as long"],
     answer=1,
@@ -4184,10 +4168,11 @@ show(
 )
 
 # %% [markdown]
-# Float32 sits on the slope: it waits for bytes, and nothing but fewer bytes helps it. Rounding moves the product to the right, up the slope, until another roof stops it: the three instructions for a vector of weights. From there on fewer bits help only where bytes are slower. (int8 may
+# Float32 sits on the slope: it waits for bytes, and nothing but fewer bytes helps it. Rounding moves the product to the right, up the slope, until another roof stops it: the three instructions for eight weights. From there on fewer bits help only where bytes are slower. (int8 may
 # stand above the slope of distant memory: its matrix is small enough for a part of it to stay in the second-level cache.)
 #
-# The record holds the same with two threads, medians over many turns, with one matrix that stays in the last-level cache, and with 1.2 GB of matrices in turn, which no cache holds. *allowed* is the ratio of the bytes, *reached* the share of it.
+# The record holds the same with two threads, medians over many turns, with one matrix that stays in the last-level cache, and with 1.2 GB of matrices in turn, which no cache holds. *allowed* is the ratio of the bytes, *reached* the share of it. *reading 17 MB* is a sum over as many bytes as the int8 matrix has, with no product at all: what a loop can
+# reach that reads so little at a time. The experiment's card says what else was tried.
 
 # %%
 record = files("tinylm") / "assets" / "experiments" / "02_gemv" / "result.txt"
@@ -4243,7 +4228,7 @@ torch.set_num_threads(threads)
 assert seconds["int8"] > 0.7 * seconds["float32"], "nothing to win at this size"
 
 # %% [markdown]
-# So for a model this small rounding saves bytes and no time: its products are next to nothing, and a call of ours, written in Python, takes longer than one of PyTorch's. (Rows this short also fill the lanes badly: 128 weights are four groups, and a vector has room for eight or sixteen.) What the kernels gain, a model gains whose matrices are large: at 4096 x 4096 the call is a few percent of the product. That is claim 8's case, a model of 7 billion weights that writes for one reader. And it is why the
+# So for a model this small rounding saves bytes and no time: its products are next to nothing, and a call of ours, written in Python, takes longer than one of PyTorch's. (Rows this short also fill the lanes badly: 128 weights are four groups, and a vector has room for eight.) What the kernels gain, a model gains whose matrices are large: at 4096 x 4096 the call is a few percent of the product. That is claim 8's case, a model of 7 billion weights that writes for one reader. And it is why the
 # formats of section 9 look as they do: their groups and nibbles are laid out for such loops.
 
 # %% [markdown]

@@ -7,7 +7,8 @@ turns, and the median and quartiles of the ratio to the baseline of the same tur
 
 "cache": one matrix again and again. "memory": as many matrices in turn as take 1.2 GB, which no cache holds. "allowed"
 is the ratio of the bytes, what a product bound by bytes could reach; "level 2" has the kernels on a matrix that fits the
-second-level cache, where arithmetic is what limits them. "reading" is torch.sum of as many float32 bytes, no product.
+second-level cache, where arithmetic is what limits them. "reading" is torch.sum over as many bytes as the float32 or the
+int8 matrix has, no product.
 """
 
 from __future__ import annotations
@@ -94,9 +95,11 @@ def products(lab, copies_of: int, threads: int, n: int, bar: tqdm) -> list[str]:
         "mv": lambda t: torch.mv(floats[t % len(floats)], x),
         "@": lambda t: floats[t % len(floats)] @ x,
         "linear": lambda t: F.linear(x[None], floats[t % len(floats)]),
-        "reading": lambda t: floats[t % len(floats)].sum(),
+        "reading 67 MB": lambda t: floats[t % len(floats)].sum(),
     }
-    size = {"float32": floats[0].nbytes, "reading": floats[0].nbytes}
+    few = [torch.randn(SIDE * SIDE // 4) for _ in range(max(1, round(copies_of / SIDE**2)))]
+    contenders["reading 17 MB"] = lambda t: few[t % len(few)].sum()
+    size = {"float32": floats[0].nbytes, "reading 67 MB": floats[0].nbytes, "reading 17 MB": few[0].nbytes}
     for bits, product in ((8, lab.gemv_int8), (4, lab.gemv_int4)):
         one = lab.QuantLinear.from_linear(layer, bits)
         exact = one.dequantized().double() @ x.double()
@@ -112,12 +115,12 @@ def products(lab, copies_of: int, threads: int, n: int, bar: tqdm) -> list[str]:
     best = min(("mv", "@", "linear"), key=lambda name: statistics.median(times[name]))
     times["float32"] = times[best]
     lines = []
-    for name in ("float32", "int8", "int4", "torch bf16", "torch int8", "reading"):
+    for name in ("float32", "int8", "int4", "torch bf16", "torch int8", "reading 67 MB", "reading 17 MB"):
         if name in times:
             seconds, allowed = statistics.median(times[name]), size["float32"] / size[name]
             reached = statistics.median(a / b for a, b in zip(times["float32"], times[name], strict=True)) / allowed
             lines.append(
-                f"{where:17}{name:12}{seconds * 1e3:8.3f}   {ratio(times['float32'], times[name]):20}"
+                f"{where:17}{name:15}{seconds * 1e3:8.3f}   {ratio(times['float32'], times[name]):20}"
                 f"{allowed:7.2f}{reached:9.0%}{size[name] / seconds / 1e9:9.1f}"
             )
     lines.append(f"{where:17}float32 is the fastest of three, here {best}")
@@ -162,10 +165,9 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(2)
     lab = definitions("02_quantization")
-    lab.use_wide_vectors()
     n = 12 if arguments.quick else 60
     lines = [f"{SIDE} x {SIDE} times one vector, two threads unless said; milliseconds, medians; ratios with quartiles"]
-    lines += [f"{'where':17}{'product':12}{'ms':>8}   {'times float32':20}{'allowed':>7}{'reached':>9}{'GB/s':>9}"]
+    lines += [f"{'where':17}{'product':15}{'ms':>8}   {'times float32':20}{'allowed':>7}{'reached':>9}{'GB/s':>9}"]
     with tqdm(total=4 * n + n + 10 * (n // 3), unit="turn") as bar:
         for threads in (2, 1):
             for size in (0, int(OUT_OF_CACHE)):
