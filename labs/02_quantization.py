@@ -112,7 +112,7 @@ def true_bits(model: nn.Module, stored: dict[str, Tensor]) -> tuple[float, float
 # %% [markdown]
 # The *judge* keeps what the unrounded model says on fixed windows of held-out plays. Of a rounded model it reports
 #
-# - the **loss difference**, paired: both models on the same windows, so that what makes a window hard cancels. The interval is the standard error over windows;
+# - the **loss difference**, paired: both models on the same windows, so that what makes a window hard cancels. Behind each ± stands a standard error over windows;
 # - $\mathrm{KL}(p\,\|\,\hat p) = \sum_x p(x) \ln\frac{p(x)}{\hat p(x)}$, averaged over positions: how far the probabilities moved, in nats, whether or not the loss noticed;
 # - **agreement**: at what share of positions the likeliest token is still the same.
 
@@ -134,21 +134,24 @@ class Judge:
     def losses(self, log_p: Tensor) -> Tensor:  # (n, t, v) -> (n): one a window
         return -log_p.gather(-1, self.windows[:, 1:, None]).mean((1, 2))
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
+    def __call__(self, model: nn.Module) -> dict[str, float | Tensor]:
         log_q = self.answers(model)
-        difference = self.losses(log_q) - self.loss
+        loss = self.losses(log_q) - self.loss  # (n), as all below: one a window
+        kl = (self.log_p.exp() * (self.log_p - log_q)).sum(-1).mean(-1)
+        same = (log_q.argmax(-1) == self.log_p.argmax(-1)).double().mean(-1)
         return {
-            "difference": difference.mean().item(),
-            "error": (difference.std() / len(difference) ** 0.5).item(),
-            "kl": F.kl_div(log_q, self.log_p, log_target=True, reduction="none")
-            .sum(-1)
-            .mean()
-            .item(),
-            "agreement": (log_q.argmax(-1) == self.log_p.argmax(-1))
-            .double()
-            .mean()
-            .item(),
+            "difference": loss.mean().item(),
+            "error": standard_error(loss),
+            "kl": kl.mean().item(),
+            "kl_error": standard_error(kl),
+            "agreement": same.mean().item(),
+            "windows": {"difference": loss, "kl": kl},
         }
+
+
+def standard_error(x: Tensor) -> float:
+    """Of the mean of x (n,)."""
+    return (x.std() / len(x) ** 0.5).item()
 
 
 # %% tags=["trained"]
@@ -159,13 +162,24 @@ judge = Judge(model, windows)
 same = judge(model)
 report("float_loss", judge.loss.mean().item(), "nats per character, unrounded")
 report("judged", windows[:, 1:].numel(), "characters of held-out plays judged")
-assert same["difference"] == 0 and same["agreement"] == 1 and abs(same["kl"]) < 1e-9
+assert same["difference"] == 0 and same["agreement"] == 1 and abs(same["kl"]) < 1e-6
 
 # %% [markdown]
-# Each rung becomes a row of one table.
+# Calibration, where a method asks for it, is done on *training* text, never on what is judged.
+
+# %%
+calibration = data.random_windows(corpus.train_tokens, 64, 256, seed=0)  # (64, 257)
+
+# %% [markdown]
+# Each rung becomes a row of one table, and prints a line: its name, bits a weight, the loss difference and its error in nats, KL, and agreement.
 
 # %%
 table: dict[str, dict] = {}
+
+
+def signed(x: float) -> str:
+    """Four decimals and a sign, but no sign for what rounds to zero."""
+    return f"{x:+.4f}" if abs(x) >= 0.00005 else f"{0:.4f}"
 
 
 def rung(name: str, method, control: bool = False, change=None) -> dict:
@@ -177,15 +191,21 @@ def rung(name: str, method, control: bool = False, change=None) -> dict:
     row = {"bits": bits, "file_bits": file_bits, "control": control, **judge(rounded)}
     table[name] = row
     print(
-        f"{name:34}{bits:6.2f} bits{row['difference']:+9.4f} +- {row['error']:.4f} nats"
-        f"   KL {row['kl']:.4f}   same {row['agreement']:6.1%}"
+        f"{name:36}{bits:5.2f}{signed(row['difference']):>9} ± {row['error']:.4f}"
+        f"   KL {row['kl']:.4f}   same {row['agreement']:.1%}"
     )
     return row
 
 
+def paired(a: str, b: str, key: str = "difference") -> tuple[float, float]:
+    """By how much rung a exceeds rung b, and its standard error: window by window."""
+    more = table[a]["windows"][key] - table[b]["windows"][key]
+    return more.mean().item(), standard_error(more)
+
+
 # %% [markdown]
 # ## 2 · Rounding to a grid
-# *Live, 16 minutes.*
+# *Live, 18 minutes.*
 #
 # To store a number in $b$ bits, choose $2^b$ levels and write down which level is nearest. The simplest grid is *symmetric*: evenly spaced levels around zero, the outermost of them at the largest magnitude. With the *codes* $q$
 # and the *scale* $s$,
@@ -231,13 +251,15 @@ def absmax_quantize(
     ### BEGIN SOLUTION
     scale = x.abs().amax(every_axis(x, axis), keepdim=True) / (2 ** (bits - 1) - 1)
     scale = torch.where(scale > 0, scale, 1.0)
-    return (x / scale).round().to(torch.int8), scale
+    largest = 2 ** (bits - 1) - 1  # a scale that was rounded down may ask for more
+    return (x / scale).round().clamp(-largest, largest).to(torch.int8), scale
     ### END SOLUTION
 
 
 # %% tags=["check:absmax_quantize:3"]
 x = torch.tensor([[0.5, -3.5, 1.4], [0.1, 0.7, -0.2], [4.0, 30.0, 20.0]])
 q, scale = absmax_quantize(x[:2], 4)
+assert q.dtype == torch.int8, "codes are whole bytes, int8: what is stored is counted"
 small = torch.tensor([0.1, -0.2, 0.4])
 assert absmax_quantize(small, 4)[0].abs().max() > 0, (
     "numbers below a half all became 0: they were rounded before they were divided"
@@ -307,7 +329,9 @@ for kind, x in kinds.items():
 rule = {bits: 20 * math.log10(2**bits - 2) for bits in range(2, 9)}
 gain = {kind: measured[kind, 8] - measured[kind, 7] for kind in kinds}
 print("dB for the 8th bit:", {kind: f"{x:.1f}" for kind, x in gain.items()})
-print("dB for the 3rd bit, by the rule:", f"{rule[3] - rule[2]:.1f}")
+third = {kind: measured[kind, 3] - measured[kind, 2] for kind in kinds}
+print("dB for the 3rd bit:", {kind: f"{x:.1f}" for kind, x in third.items()})
+report("third_bit_weights", round(third["weights"], 2), "dB, a weight matrix")
 assert all(abs(measured["even", b] - rule[b]) < 0.1 for b in rule), "the rule is exact"
 assert all(abs(x - 6.02) < 0.5 for x in gain.values())
 
@@ -338,15 +362,27 @@ show(
 
 # %% [markdown]
 # All three gain six decibels a bit at the top. But the scale is set by the *largest* entry, and a normal sample's largest of 49 thousand is more than four standard deviations out, so most levels lie where there is almost nothing. At 2 bits the error of the
-# weight matrix is as large as the matrix. And the way from 3 bits to 2 costs nine and a half decibels, not six, since a symmetric grid goes from 7 levels to 3.
+# weight matrix is as large as the matrix. And the way from 3 bits to 2 costs more than six: nine and a half by the rule, since a symmetric grid goes from 7 levels to 3, and seven for the matrix, whose error at 2 bits cannot be larger than the weights that become zero.
 #
 # **Zero points.** Some numbers are not symmetric: what SiLU lets through in the model's MLP is never below $-0.28$. A symmetric grid then wastes nearly half its levels. An *affine* grid runs from the smallest to the largest entry, and the code of zero, the
 # *zero point* $z$, is stored beside the scale:
 #
-# $$s = \frac{\max(x, 0) - \min(x, 0)}{2^b - 1},\qquad z = \operatorname{round}\!\left(\frac{-\min(x, 0)}{s}\right),\qquad q_i = \operatorname{clamp}\!\left(\operatorname{round}\!\left(\frac{x_i}{s}\right) + z,\; 0,\; 2^b - 1\right),\qquad \hat x_i = s\,(q_i - z).$$
+# $$s = \frac{\max(x, 0) - \min(x, 0)}{2^b - 1},\qquad z = \operatorname{round}\!\left(\frac{-\min(x, 0)}{s}\right),$$
+#
+# $$q_i = \operatorname{clamp}\!\left(\operatorname{round}\!\left(\frac{x_i}{s}\right) + z,\; 0,\; 2^b - 1\right),\qquad \hat x_i = s\,(q_i - z).$$
 #
 # The range is stretched to hold zero, so that zero has a code of its own: padding and switched-off channels must stay exactly zero.
 #
+# Codes and zero points are unsigned bytes, and $3 - 5$ is 254 in unsigned bytes: they get a sign before they are subtracted.
+
+
+# %%
+def affine_dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """(q - zero_point) * scale, in signed arithmetic. Shapes broadcast."""
+    return (q.int() - zero_point.int()) * scale
+
+
+# %% [markdown]
 # ### EXERCISE affine_quantize
 # Write these formulas. Everything is per group of entries that share a scale, as before; a scale of 0 becomes 1.
 
@@ -374,25 +410,19 @@ def affine_quantize(
     ### END SOLUTION
 
 
-# %% [markdown]
-# Codes and zero points are unsigned bytes, and $3 - 5$ is 254 in unsigned bytes: give them a sign before you subtract.
-
-
-# %%
-def affine_dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """(q - zero_point) * scale, in signed arithmetic. Shapes broadcast."""
-    return (q.int() - zero_point.int()) * scale
-
-
 # %% tags=["check:affine_quantize:3"]
 x = torch.tensor([[-0.32, 0.0, 1.12, 2.68], [5.0, 6.0, 7.0, 8.0]])
 q, scale, zero = affine_quantize(x, 4, axis=1)
 x_hat = affine_dequantize(q, scale, zero)
+assert q.dtype == zero.dtype == torch.uint8, "codes and zero points are bytes, uint8"
 assert scale.shape == (2, 1) == zero.shape, "one scale and one zero point a row"
 assert not torch.allclose(x_hat[0, 2:] + 2 * zero[0] * scale[0], x[0, 2:], atol=0.11), (
     "entries came back two zero points too low: look at the zero point's sign"
 )
-assert scale[0] < 0.3 < scale[1], "rows share one range: each has its own"
+assert not torch.equal(scale[0], scale[1]), "rows share one range: each has its own"
+assert zero[0] < 16, (
+    "the zero point is not among the codes 0 to 15; below 0 it wraps around: its sign?"
+)
 assert zero[1] == 0, (
     "a row without negative entries has zero point 0: stretch the range to hold zero"
 )
@@ -405,7 +435,9 @@ assert torch.all((x_hat - x).abs() <= scale / 2 + 1e-5), (
     "the first code to the last, and is the zero point rounded before it is added?"
 )
 zeros = affine_quantize(torch.zeros(2, 3), 4, axis=1)
-assert torch.equal(zeros[1], torch.ones(2, 1)), "a row of zeros: its scale should be 1"
+assert torch.equal(zeros[1], torch.ones(2, 1)), (
+    "a row of nothing but zeros: its scale should be 1"
+)
 ### BEGIN HIDDEN TESTS
 negative = affine_quantize(-torch.rand(4, 5) - 2, 3, axis=1)
 assert (negative[2] == 7).all(), (
@@ -427,7 +459,6 @@ for bits in range(1, 9):
 # What a zero point buys depends on what is rounded. On what SiLU lets through, and on a weight matrix, at 4 bits:
 
 # %%
-calibration = data.random_windows(corpus.train_tokens, 64, 256, seed=0)  # (64, 257)
 with torch.no_grad():
     block = model.blocks[0]
     x = model.embed(calibration[:8, :-1])
@@ -484,14 +515,14 @@ for bits in (2, 3, 4, 8):
 
 # %% [markdown]
 # ## 3 · Granularity and bytes
-# *Live, 14 minutes.*
+# *Live, 16 minutes.*
 #
 # One large entry stretches the grid of everything that shares its scale. So share less: a scale for each row, or for each *group* of $g$ neighbouring weights in a row. Every scale costs 16 bits, $16/g$ for each weight, and that is the whole trade.
 #
 # The scale is *stored*, in float16, so the codes must be computed with the scale as stored, or they are not the nearest.
 #
 # ### EXERCISE quantize_groups
-# Round each group of a row symmetrically, with float16 scales.
+# Round each group of a row symmetrically, with float16 scales. (`rearrange(w, "o (n g) -> o n g", g=group_size)` cuts rows into groups of neighbours. A stored scale that was rounded down can ask for a code past the last level, so clamp.)
 
 
 # %%
@@ -547,6 +578,7 @@ x = torch.randn(8, 32, generator=g) * torch.logspace(-2, 2, 8)[:, None]
 x[0, 0] = 50.0  # one outlier, in the first group of the first row
 x[7] = -x[7].abs()  # and a row without positive entries
 codes, scale = quantize_groups(x, 4, group_size=8)
+assert codes.dtype == torch.int8, "codes are whole bytes, int8"
 assert scale.shape == (8, 4) and scale.dtype == torch.float16, (
     "one float16 scale for each 8 weights of a row: shape (8, 4)"
 )
@@ -628,6 +660,7 @@ def unpack_int4(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 # %% tags=["check:pack_int4:2"]
 packed = pack_int4(torch.tensor([[-8, 7], [0, 1]], dtype=torch.int8))
+assert packed.dtype == torch.uint8, "a byte is uint8: others take more of them"
 assert packed.shape == (2, 1), "two codes make one byte: the last dimension halves"
 assert packed[0, 0] != 0x0F, (
     "the nibbles are the wrong way round: the first code belongs in the low one"
@@ -657,7 +690,7 @@ assert torch.equal(unpack_int4(packed, (3, 5, 6)), kept), (
 
 # %%
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Codes, shifted to 0 .. 2^bits - 1, as one string of bits, padded to bytes: uint8 (n)."""
+    """Codes, shifted to 0 .. 2^bits - 1, as one string of bits: (n) uint8."""
     shifted = (codes.int() + 2 ** (bits - 1)).flatten().numpy()
     string = shifted[:, None] >> np.arange(bits) & 1
     return torch.from_numpy(np.packbits(string.astype(np.uint8)))
@@ -749,6 +782,7 @@ rung("3 bits, groups of 32", nearest(3, 32))
 rung("2 bits, one a row", nearest(2))
 rung("2 bits, groups of 32", nearest(2, 32))
 loss = {name: row["difference"] for name, row in table.items()}
+plain_rungs = dict(table)
 full = budget_fraction() == 1  # a quick run judges too little text for fine differences
 assert loss["4 bits, one scale a tensor"] > loss["4 bits, one a row"] > 0.01
 assert loss["4 bits, one a row"] > loss["4 bits, groups of 32"] or not full
@@ -761,7 +795,7 @@ assert loss["2 bits, one a row"] > 5 * loss["3 bits, one a row"]
 
 # %%
 def noise_like(method, seed: int):
-    """Normal noise in place of the rounding error, of the same size in each group of 32."""
+    """Normal noise instead of rounding error, of its size in each group of 32."""
     generator = torch.Generator().manual_seed(seed)
 
     def noisy(name: str, w: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -780,19 +814,21 @@ for seed in (0, 1):
     rung(name, noise_like(nearest(3), seed), control=True)
     ratio = table[name]["difference"] / table["3 bits, one a row"]["difference"]
     report(f"noise_ratio_{seed}", ratio, "times the loss of 3 bits a row")
-    assert 0.3 < ratio < 3 or budget_fraction() < 1, "rounding error acts like noise"
+    assert 0.7 < ratio < 1.4 or budget_fraction() < 1, "rounding error acts like noise"
 
 # %% [markdown]
 # Noise of the same size does about the same harm. So at this width the model minds how *large* the error is and hardly what it looks like, and a method can help in two ways: make the error smaller, as groups do, or point it where the model does not look. The second is GPTQ's (section 5).
 
 # %% [markdown]
 # ## 4 · NF4: levels where the weights are
-# *Live, 12 minutes.*
+# *Live, 16 minutes.*
 #
 # An even grid suits numbers that are spread evenly. Weights are not: most are small, and an even grid spends half of its codes on the few that are not. NF4 (NormalFloat, Dettmers et al. 2023) takes weights to be normal and spaces its levels so that each
 # stands for about as many of them. At evenly spaced *probabilities* $p$ these are the quantiles $\Phi^{-1}(p)$ of the normal distribution. With the outermost probability $p_1 = 0.9677083$,
 #
-# $$\ell = \frac{1}{\Phi^{-1}(p_1)}\,\Big\{-\Phi^{-1}(p)\ \text{at 7 values of } p,\quad 0,\quad \Phi^{-1}(p)\ \text{at 8 values}\Big\},\qquad p \text{ evenly spaced from } p_1 \text{ towards } \tfrac12 .$$
+# $$\ell = \frac{1}{\Phi^{-1}(p_1)}\,\Big\{-\Phi^{-1}(p)\ \text{at 7 values of } p,\quad 0,\quad \Phi^{-1}(p)\ \text{at 8 values}\Big\},$$
+#
+# $p$ evenly spaced from $p_1$ towards $\tfrac12$.
 #
 # Sixteen codes cannot make a zero and two equal halves. The zero has to be there, so the positive half got one level more. And $p_1$ leaves half a slice of probability beyond the last level: it is half-way between what 16 slices and what 15 would ask for.
 
@@ -820,8 +856,8 @@ def nf4_levels() -> Tensor:
 assert abs(1 - (1 / 32 + 1 / 30) / 2 - 0.9677083) < 1e-7  # half a slice of 16, of 15
 even_levels = torch.cat([torch.linspace(-1, 0, 8), torch.linspace(0, 1, 9)[1:]])
 levels = nf4_levels()
-print("even", " ".join(f"{x:.2f}" for x in even_levels))
-print("NF4 ", " ".join(f"{x:.2f}" for x in levels))
+print("even", " ".join(f"{x:.2f}".replace("0.", ".") for x in even_levels))
+print("NF4 ", " ".join(f"{x:.2f}".replace("0.", ".") for x in levels))
 assert (levels.diff() > 0).all() and levels[7] == 0 and levels[0] == -levels[15] == -1
 
 # %% [markdown]
@@ -925,23 +961,26 @@ def nf4_quantize(w: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
 
 # %% tags=["check:nf4_quantize:3"]
 g, levels = torch.Generator().manual_seed(4), nf4_levels()
-w = torch.randn(5, 128, generator=g) * torch.logspace(-2, 1, 5)[:, None]
-w[0, 3] = -0.08  # the largest magnitude of the first block is negative
-kept = w.clone()
-rows = w.reshape(10, 64)
+w_check = torch.randn(5, 128, generator=g) * torch.logspace(-2, 1, 5)[:, None]
+w_check[0, 3] = -0.08  # the largest magnitude of the first block is negative
+kept = w_check.clone()
+rows = w_check.reshape(10, 64)
 largest = rows.abs().amax(1)
-codes, absmax = nf4_quantize(w)
-assert torch.equal(w, kept), "the input was changed in place"
+codes, absmax = nf4_quantize(w_check)
+assert codes.shape == (640,) and codes.dtype == torch.uint8, (
+    "one code a weight, in the order of the flattened tensor, each a byte (uint8)"
+)
+assert torch.equal(w_check, kept), "the input was changed in place"
 assert not torch.allclose(absmax, rows.amax(1)), (
     "a block's scale is its largest magnitude, not its largest value: -3 beats 2"
 )
-assert not torch.allclose(absmax, w.abs().max().expand(10)), (
+assert not torch.allclose(absmax, w_check.abs().max().expand(10)), (
     "one scale for the whole tensor: each block of 64 has its own"
 )
 assert torch.allclose(absmax, largest), (
     "absmax should hold the largest magnitude of each 64 neighbours, row after row"
 )
-assert torch.equal(nf4_quantize(4 * w)[0], codes), (
+assert torch.equal(nf4_quantize(4 * w_check)[0], codes), (
     "weights 4 times as large got other codes: divide by the scale before comparing"
 )
 picks = torch.randint(16, (10, 64), generator=g)
@@ -963,19 +1002,19 @@ assert (distance <= least + 1e-6).all(), (
     "midpoints"
 )
 ### BEGIN HIDDEN TESTS
-w = torch.cat([torch.zeros(64), torch.randn(64, generator=g)])
-codes, absmax = nf4_quantize(w)
+w_check = torch.cat([torch.zeros(64), torch.randn(64, generator=g)])
+codes, absmax = nf4_quantize(w_check)
 assert (codes[:64] == 7).all() and absmax[0].abs() < 1e-6, (
     "a block of zeros should get scale 0 and the code of level 0"
 )
 for n, block_size in ((1, 64), (100, 64), (65, 32), (129, 128)):
-    w = 0.02 * torch.randn(n, generator=g)
-    codes, absmax = nf4_quantize(w, block_size)
-    short = w[n // block_size * block_size :]
+    w_check = 0.02 * torch.randn(n, generator=g)
+    codes, absmax = nf4_quantize(w_check, block_size)
+    short = w_check[n // block_size * block_size :]
     assert torch.allclose(absmax[-1], short.abs().max()), (
         "a short last block has its own largest magnitude"
     )
-    error = (nf4_dequantize(codes, absmax, w.shape, block_size) - w).abs()
+    error = (nf4_dequantize(codes, absmax, w_check.shape, block_size) - w_check).abs()
     scale = absmax.repeat_interleave(block_size)[:n]
     assert (error <= 0.153 * scale).all(), "other block sizes give another result"
 ### END HIDDEN TESTS
@@ -1069,7 +1108,7 @@ def nf4_double(name: str, w: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 def round_blocks(levels: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Blocks (n, g) at the nearest of the levels (k,) times their absmax; codes."""
-    scale = blocks.abs().amax(1, keepdim=True)
+    scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-38)
     codes = torch.bucketize(blocks / scale, (levels[1:] + levels[:-1]) / 2)
     return levels[codes] * scale, codes
 
@@ -1080,7 +1119,8 @@ def learned_levels(blocks: Tensor, steps: int = 20) -> Tensor:
     for _ in range(steps):
         codes = round_blocks(levels, blocks)[1].flatten()
         top = codes.bincount((scale * blocks).flatten(), minlength=16)
-        levels = (top / codes.bincount(scale.square().flatten(), minlength=16)).float()
+        weight = codes.bincount(scale.square().flatten(), minlength=16)
+        levels = torch.where(weight > 0, top / weight.clamp(min=1e-38), levels).float()
     return levels
 
 
@@ -1117,7 +1157,7 @@ assert 0.9 < kl["NF4, scales rounded too"] < 1.1 or budget_fraction() < 1, (
 )
 
 # %% [markdown]
-# So the shape helps: with the same blocks, scales and bits, even levels do more harm. Rounding the scales saves three quarters of their cost, and the judge hardly notices. But learned levels, whose 16 numbers have to be stored for each matrix, are closer still to the unrounded model, in KL; the loss cannot tell the two apart. NF4 was proposed as "information
+# So the shape helps: with the same blocks and scales, even levels do more harm. (Whether it is the best use of 4.5 bits is another question: NF4 has half the scales of a group of 32 and stores them in twice the bits. Section 9 has a format with even levels that does better.) Rounding the scales saves three quarters of their cost, and the judge hardly notices. But learned levels, whose 16 numbers have to be stored for each matrix, are closer still to the unrounded model, in KL; the loss cannot tell the two apart. NF4 was proposed as "information
 # theoretically optimal" for normal weights. Yoshida (2023) pointed out that it is not: what is rounded is not a normal number but one divided by the largest of its block, and how that is spread depends on the size of the block. Besides, codes that are equally common do not make the least error: where weights are rare, levels become so too, and the few weights there are
 # moved far. On normal numbers, in blocks of 16 to 1024:
 
@@ -1163,14 +1203,14 @@ show(
 
 # %% [markdown]
 # ## 5 · GPTQ: rounding that looks at the data
-# *Live, 18 minutes.*
+# *Live, 20 minutes.*
 #
-# Rounding to nearest makes the error of each *weight* as small as it can be. But nobody asks for the weights; what counts is what the layer says to the inputs that it meets. For one row $w$ of $W$ and inputs $x_1, x_2, \dots$ of a calibration text, the squared error of the output is a quadratic form,
+# Rounding to nearest makes the error of each *weight* as small as it can be. But nobody asks for the weights; what counts is what the layer says to the inputs that it meets. For one row $w$ of $W$ and inputs $x_1, x_2, \dots$ of a calibration text, the squared error of the output is a quadratic form, a sum over pairs of errors,
 #
 # $$\frac1n \sum_t \big((\hat w - w)\, x_t\big)^2 = (\hat w - w)\, H\, (\hat w - w)^\top,\qquad H = \frac1n \sum_t x_t x_t^\top = \frac1n X^\top X .$$
 #
-# Inputs are correlated, so $H$ is far from diagonal, and errors can cancel: what rounding weight 5 up adds to the output, rounding weight 9 down can take away. GPTQ (Frantar et al. 2022) goes through the columns from left to right. It rounds column $j$ and then moves
-# all columns *not yet rounded* so that they make up for its error as well as they can. From the optimal-brain-surgeon formula (derived in the chapter), with $H^{-1}$ that of the remaining columns,
+# Inputs are correlated, each a little with many others, and so errors can cancel: what rounding weight 5 up adds to the output, rounding weight 9 down can take away. GPTQ (Frantar et al. 2022) goes through the columns from left to right. It rounds column $j$ and then moves
+# all columns *not yet rounded* so that they make up for its error as well as they can. From the formula of the optimal brain surgeon (derived in the chapter), where $H^{-1}$ is the inverse of $H$ restricted to the columns not yet rounded,
 #
 # $$\delta = \frac{w_j - \hat w_j}{[H^{-1}]_{jj}},\qquad w_k \leftarrow w_k - \delta\,[H^{-1}]_{jk}\quad\text{for } k > j .$$
 #
@@ -1203,13 +1243,13 @@ correlation = h / (h.diagonal().outer(h.diagonal())).sqrt()
 off = correlation[~torch.eye(len(h), dtype=torch.bool)]
 print(f"{inputs['1.mlp.gate_proj'].shape[0]:,} inputs of {len(h)} channels")
 print(
-    f"correlation of two channels, root mean square: {off.square().mean().sqrt():.1f}"
+    f"correlation of two channels, root mean square: {off.square().mean().sqrt():.2f}"
 )
 del inputs  # 200 MB
 
 # %% [markdown]
-# What the formula needs of $H^{-1}$ is one row for each $j$: the first row of the inverse of $H$ without the columns already rounded. One Cholesky factorisation holds all of these rows: if $H^{-1} = U^\top U$ with $U$ upper triangular, row $j$ of $U$ is that row
-# divided by the root of its first entry. So with $U$ the step becomes
+# What the formula needs of $H^{-1}$ is one row for each $j$: the first row of the inverse of $H$ without the columns already rounded. One Cholesky factorisation, a triangular square root, holds all of these rows: if $H^{-1} = U^\top U$ with $U$ upper triangular, row $j$ of $U$ is that row
+# divided by the root of its first entry. So with $U$ the step becomes what you will write, its $\delta$ scaled by that root:
 #
 # $$\delta = \frac{w_j - \hat w_j}{U_{jj}},\qquad w_k \leftarrow w_k - \delta\,U_{jk} .$$
 #
@@ -1247,6 +1287,7 @@ def step_sizes(scale: Tensor, n_inputs: int) -> Tensor:
 
 def check_hessian(w: Tensor, hessian: Tensor) -> None:
     """Refuse a hessian that is not of these inputs. Raises ValueError."""
+    check_groups(w, 1)
     if hessian.shape != (w.shape[1], w.shape[1]):
         raise ValueError(
             f"a matrix with {w.shape[1]} inputs needs a hessian of that size on both "
@@ -1254,13 +1295,17 @@ def check_hessian(w: Tensor, hessian: Tensor) -> None:
         )
     if not hessian.isfinite().all():
         raise ValueError("the hessian has NaN or infinite entries: look at the inputs")
+    if not torch.allclose(
+        hessian, hessian.T, rtol=1e-3, atol=1e-3 * hessian.abs().max()
+    ):
+        raise ValueError("the hessian is not symmetric: it should be the mean of x x^T")
 
 
 # %% [markdown]
 # The grid stays what it was in section 3, scales and all, clipped or not. GPTQ only chooses other codes, so its file has the same size, and the comparison with rounding to nearest is a fair one.
 #
 # ### EXERCISE gptq
-# Round column after column. `step` holds each weight's step; the levels go up to `largest` steps on both sides.
+# Round column after column, with the two formulas in $U$. `step` holds each weight's step; the levels go up to `largest` steps on both sides. The weights are the caller's: work on a copy.
 
 
 # %% tags=["exercise:gptq"]
@@ -1300,7 +1345,7 @@ def gptq(
 # The check holds it against the slow obvious way: invert what remains of $H$ anew for every column, which takes on the order of $i^4$ operations.
 
 
-# %%
+# %% tags=["hide-input"]
 def gptq_slow(w, hessian, bits, group_size=None, damp=0.01, clip=True) -> Tensor:
     """gptq by its definition: the inverse of the remaining hessian, column by column."""
     step = step_sizes(grid_scales(w, bits, group_size, clip), w.shape[1]).double()
@@ -1316,7 +1361,7 @@ def gptq_slow(w, hessian, bits, group_size=None, damp=0.01, clip=True) -> Tensor
 
 
 def output_error(w: Tensor, w_hat: Tensor, hessian: Tensor) -> float:
-    """Mean squared error of an output: the trace of (w_hat - w) H (w_hat - w)^T, over o."""
+    """Mean squared error of an output: trace of (w_hat - w) H (w_hat - w)^T, over o."""
     error = (w_hat - w).double()
     return (error @ hessian.double() * error).sum().item() / len(w)
 
@@ -1339,7 +1384,8 @@ assert torch.allclose(plain, to_nearest, atol=1e-6), (
     "rounding to nearest"
 )
 assert not torch.allclose(data_aware, to_nearest, atol=1e-6), (
-    "correlated inputs change nothing: the error of a column is not passed on"
+    "correlated inputs change nothing: the error of a column is not passed on (or by a "
+    "column of U, which is zero below the diagonal, instead of its row)"
 )
 near, aware = (output_error(w_small, y, h_small) for y in (to_nearest, data_aware))
 assert aware < near, (
@@ -1363,15 +1409,34 @@ assert torch.allclose(grouped, gptq_slow(w_small, h_small, 3, 4, 0.1), atol=1e-4
 # %% [markdown]
 # Now the model. Each matrix is rounded with its own $H$; the codes are packed as before.
 #
-# In section 3, 3 bits a row cost ten times what 4 bits in groups of 32 cost. Same grid, same bytes, other codes:
+# In section 3, 3 bits a row cost many times what 4 bits in groups of 32 cost, and clipping took away about half. Now the same clipped grid, the same bytes, other codes. (The rows of GPTQ are on clipped grids where they do not say otherwise.)
+
+# %%
+predict(
+    "3 bits, one scale a row, the same clipped grid for both: of the loss that rounding "
+    "to nearest added, GPTQ leaves",
+    ["more than all of it", "nine tenths", "about half", "nothing"],
+    answer=2,
+    why="Much of an error's harm can be taken back by the columns that follow, because "
+    "the inputs are correlated. What cannot be is what remains.",
+)
+
+# %% [markdown]
+# Its control is GPTQ with the Hessian of *other* inputs: the same one, its channels shuffled.
 
 
 # %%
-def by_gptq(bits: int, group_size: int | None = None, clip: bool = True, **options):
+def shuffled(h: Tensor) -> Tensor:
+    """A hessian with its channels in another order, the same each time: a control."""
+    order = torch.randperm(len(h), generator=torch.Generator().manual_seed(0))
+    return h[order][:, order]
+
+
+def by_gptq(bits: int, group_size: int | None = None, clip=True, change=lambda h: h):
     """GPTQ with the hessians collected above; the same bytes as round to nearest."""
 
     def method(name: str, w: Tensor) -> tuple[Tensor, list[Tensor]]:
-        w_hat = gptq(w, hessians[name], bits, group_size, clip=clip, **options)
+        w_hat = gptq(w, change(hessians[name]), bits, group_size, clip=clip)
         scale = grid_scales(w, bits, group_size, clip)
         codes = (w_hat / step_sizes(scale, w.shape[1])).round()
         return w_hat, [pack_bits(codes, bits), scale]
@@ -1382,10 +1447,12 @@ def by_gptq(bits: int, group_size: int | None = None, clip: bool = True, **optio
 # %% tags=["trained"]
 rung("GPTQ, 3 bits, one a row, not clipped", by_gptq(3, clip=False))
 rung("GPTQ, 3 bits, one a row", by_gptq(3))
+rung("GPTQ, 3 bits, hessian shuffled", by_gptq(3, change=shuffled), control=True)
 rung("GPTQ, 4 bits, one a row", by_gptq(4))
 rung("4 bits, groups of 32, clipped", nearest_clipped(4, 32))
 rung("GPTQ, 4 bits, groups of 32", by_gptq(4, 32))
 rung("GPTQ, 2 bits, groups of 32", by_gptq(2, 32))
+gptq_rungs = {name: row for name, row in table.items() if name.startswith("GPTQ")}
 loss = {name: row["difference"] for name, row in table.items()}
 nearest_3, three = loss["3 bits, one a row"], loss["GPTQ, 3 bits, one a row"]
 left = three / loss["3 bits, one a row, clipped"]
@@ -1393,8 +1460,16 @@ unclipped = loss["GPTQ, 3 bits, one a row, not clipped"] / nearest_3
 report("gptq_left", three / nearest_3, "of what 3 bits a row cost, to nearest")
 report("gptq_left_same_grid", left, "of what they cost on the same clipped grid")
 report("gptq_left_not_clipped", unclipped, "when neither is clipped")
-assert (three < 0.5 * nearest_3 and left < 0.8) or budget_fraction() < 1
-assert loss["GPTQ, 4 bits, groups of 32"] < 0.004 or budget_fraction() < 1
+report("gptq_permuted", loss["GPTQ, 3 bits, hessian shuffled"], "nats, the control")
+report("nearest_clipped_3", loss["3 bits, one a row, clipped"], "nats, to nearest")
+report("gptq_4_row", loss["GPTQ, 4 bits, one a row"], "nats, GPTQ at 4 bits a row")
+assert (three < 0.5 * nearest_3 and left < 0.7) or budget_fraction() < 1
+assert loss["GPTQ, 3 bits, hessian shuffled"] > 3 * three or budget_fraction() < 1
+assert loss["GPTQ, 4 bits, groups of 32"] < 0.003 or budget_fraction() < 1
+
+# %% [markdown]
+# Two things share the credit, and each about halves the loss: the clipped grid, and the choice of codes on it. Together they leave less than a quarter. (Leaving *at most half on the same grid* is just missed; another order of the columns reaches it, section 7.) With the wrong Hessian GPTQ does far more harm than rounding to nearest: what helps is not that weights are moved, but
+# that they are moved by what these inputs have in common.
 
 # %% [markdown]
 # ## 6 · What the rungs say so far
@@ -1403,7 +1478,7 @@ assert loss["GPTQ, 4 bits, groups of 32"] < 0.004 or budget_fraction() < 1
 # All rungs, most bits first. *File* counts everything that a file would hold, the unrounded embedding and norms too. A control is marked with a dot.
 
 
-# %%
+# %% tags=["hide-input"]
 def show_table(name: str, table: dict[str, dict]) -> None:
     """The rungs as a table, most bits a weight first."""
     headings = ["rung", "bits", "file", "loss, nats", "KL", "same token"]
@@ -1412,8 +1487,8 @@ def show_table(name: str, table: dict[str, dict]) -> None:
             ("· " if row["control"] else "") + rung,
             f"{row['bits']:.2f}",
             f"{row['file_bits']:.2f}",
-            f"{row['difference']:+.4f}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{row['error']:.4f}",
-            f"{row['kl']:.4f}",
+            f"{signed(row['difference'])} ± {row['error']:.4f}".replace(" ", "\xa0"),
+            f"{row['kl']:.4f} ± {row['kl_error']:.4f}".replace(" ", "\xa0"),
             f"{row['agreement']:.1%}",
         ]
         for rung, row in sorted(table.items(), key=lambda x: -x[1]["bits"])
@@ -1423,15 +1498,16 @@ def show_table(name: str, table: dict[str, dict]) -> None:
 
 # %% tags=["trained"]
 show_table("ladder_core", table)
-found = [r for r in table.values() if r["bits"] <= 4.6 and not r["control"]]
+rungs = (table | gptq_rungs).values()  # with those of section 5, or not at all
+found = [row for row in rungs if row["bits"] <= 4.6 and not row["control"]]
 best = min(found, key=lambda row: row["difference"])
 report("best_4bit", best["difference"], "nats, the best rung with at most 4.6 bits")
 report("best_4bit_error", best["error"], "nats, its standard error")
 report("best_4bit_file", best["file_bits"], "bits a parameter over its whole file")
 report("best_4bit_kl", best["kl"], "nats of KL divergence")
 report("best_4bit_changed", 100 * (1 - best["agreement"]), "% of choices changed")
-assert best["difference"] < 0.004 or budget_fraction() < 1
-assert best["kl"] > 3 * best["error"] and best["agreement"] < 0.98
+assert best["difference"] < 0.003 or budget_fraction() < 1
+assert best["kl"] > 10 * best["kl_error"] and best["agreement"] < 0.98
 
 # %% [markdown]
 # Look at the best rung with at most 4.6 bits. Its loss is that of the unrounded model, within the error. *It is not the same model*: the last two lines say how far its probabilities moved, and how often it would choose another character. In the mean these
@@ -1440,7 +1516,7 @@ assert best["kl"] > 3 * best["error"] and best["agreement"] < 0.98
 
 # %% tags=["plot"]
 def draw_ladder(name: str, table: dict[str, dict], families: dict, alt: str) -> None:
-    """KL and loss difference against bits; a family is (part of a rung's name, colour)."""
+    """Two distances against bits; a family is (part of a rung's name, colour)."""
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.6), sharey=True)
     for axis, key in zip(axes, ("difference", "kl"), strict=True):
         for rung, row in table.items():
@@ -1455,6 +1531,7 @@ def draw_ladder(name: str, table: dict[str, dict], families: dict, alt: str) -> 
             top, bottom = row[key] + error, max(row[key] - error, 2e-4)
             axis.plot([row["bits"]] * 2, [bottom, max(top, 2e-4)], color=color, lw=1)
         axis.set(yscale="log", xlabel="bits a weight, as stored", xlim=(1.2, 8.6))
+    axes[0].text(1.4, 1.7e-4, "at the foot: 0.0002 or less", fontsize=8, color=INK)
     axes[0].set(title="Loss above the unrounded model", ylabel="nats", ylim=(1.5e-4, 6))
     axes[1].set(title="KL(unrounded || rounded)")
     for y, (part, color) in enumerate(families.items()):
@@ -1474,10 +1551,10 @@ draw_ladder(
     "fig_ladder_core",
     table,
     {"GPTQ": VERMILION, "NF4": PURPLE},
-    "Two panels against bits a weight, logarithmic: loss above the unrounded model and KL "
-    "divergence. Both fall steeply from more than a nat at 2 bits to below a thousandth "
-    "at 8. GPTQ lies below rounding to nearest at the same bits; near 4.5 bits its loss "
-    "difference is at the floor of the picture while its KL is about a hundredth.",
+    "Two panels against bits a weight, logarithmic: loss above the unrounded model, and "
+    "KL divergence. Both fall steeply from more than a nat at 2 bits to below a "
+    "thousandth at 8. GPTQ lies below rounding to nearest at the same bits; near 4.5 bits "
+    "its loss difference is near the foot of the picture while its KL is about a hundredth.",
 )
 
 # %% [markdown]
@@ -1495,11 +1572,19 @@ assert 175e9 * 4 / 8 > 80e9 > 175e9 * 3.5 / 8
 # %% [markdown]
 # ### To play with
 #
-# Four rows of one of our matrices, under the grid of a format. One weight is marked, and a slider moves it away from the others. **Commit to a guess** first: the marked weight goes to 12 standard deviations, and all 1,536 weights share one 4-bit grid. How many of its 15 levels do
-# they still use?
-#
-# (a) 14 &emsp; (b) 7 &emsp; (c) 2
-#
+# Four rows of one of our matrices, under the grid of a format. One weight is marked, and a slider moves it away from the others.
+
+# %%
+predict(
+    "The marked weight goes to 12 standard deviations, and all 1,536 weights share one "
+    "4-bit grid. How many of its 15 levels do they still use?",
+    ["14", "7", "2"],
+    answer=1,
+    why="The grid is stretched to reach the outlier, so the others, within three and a "
+    "half standard deviations, fall on the few levels in the middle.",
+)
+
+# %% [markdown]
 # Press *One outlier*. The grid of everything that shares the outlier's scale is stretched, so that most weights become zero. Then make the groups smaller: the damage stays in one group, and every group asks for a scale of its own. (A page without a kernel shows a still here; the chapter has the figure live.)
 # More to try: find the largest groups in which 4 bits make a smaller error with the outlier than one grid for all weights made without it; see which format minds the outlier least, and why; buy back with bits what the outlier took, and compare the price.
 
@@ -1510,7 +1595,7 @@ interactive("rounding_grid")
 # The weights' error is not the model's. Below, a choice of method, bits and group size rounds the whole model; the judge of section 1 says what that loses, and the model writes, with the same seed as before rounding.
 
 
-# %%
+# %% tags=["hide-input"]
 def nf4_blocks(block_size: int | None = None):
     """NF4 in blocks of any size; None: a block is a row."""
 
@@ -1585,13 +1670,13 @@ def in_words(tried: dict, unrounded: str) -> str:
     same = next((i for i, (a, b) in pairs if a != b), len(unrounded))
     return (
         f"{tried['bits']:.2f} true bits a weight. Loss {tried['difference']:+.4f} +- "
-        f"{tried['error']:.4f} nats, KL {tried['kl']:.4f}, the likeliest character the "
+        f"{tried['error']:.4f} nats, KL {tried['kl']:.4f},\nthe likeliest character the "
         f"same at {tried['agreement']:.1%} of positions.\nIt writes, the first {same} "
         f"characters as without rounding:\n\n{tried['text']}"
     )
 
 
-# %% tags=["widget"]
+# %% tags=["widget", "hide-input"]
 def explorer(attempt):
     """Controls that call attempt(method, bits, group_size) -> (figure, alt, words).
 
@@ -1718,7 +1803,7 @@ for name, function in (("column by column", gptq), ("in blocks", gptq_lazy)):
     seconds[name] = time.perf_counter() - started
 ratio = seconds["column by column"] / seconds["in blocks"]
 report("lazy_speedup", ratio, f"times as fast in blocks of 32, {size} x {size}")
-assert ratio > 0.3, "blocks should not be much slower, whatever else runs"
+assert ratio > 0.8 or budget_fraction() < 1, "blocks should not be slower"
 
 # %% [markdown]
 # Which order? By falling diagonal of $H$, and as controls by rising diagonal and at random. (The scales are fixed beforehand, so that any order may be combined with groups.)
@@ -1726,7 +1811,7 @@ assert ratio > 0.3, "blocks should not be much slower, whatever else runs"
 
 # %%
 def by_gptq_in_order(bits: int, order_of, group_size: int | None = None):
-    """GPTQ on the clipped grid, its columns in the order that `order_of(hessian)` gives."""
+    """GPTQ on the clipped grid, columns in the order that `order_of(hessian)` gives."""
 
     def method(name: str, w: Tensor) -> tuple[Tensor, list[Tensor]]:
         h = hessians[name]
@@ -1766,9 +1851,23 @@ rung("GPTQ, 3 bits, act-order", by_gptq_in_order(3, falling))
 rung("GPTQ, 3 bits, rising order", by_gptq_in_order(3, rising), control=True)
 rung("GPTQ, 3 bits, random order", by_gptq_in_order(3, at_random), control=True)
 kl = {name: row["kl"] for name, row in table.items()}
-first, last = kl["GPTQ, 3 bits, act-order"], kl["GPTQ, 3 bits, rising order"]
-report("act_order_kl", first / last, "of the KL that the opposite order gives")
-assert first < last or budget_fraction() < 1
+first, natural = kl["GPTQ, 3 bits, act-order"], kl["GPTQ, 3 bits, one a row"]
+report("act_order_kl", first / natural, "of the KL in the order as it comes")
+report("act_order_kl_random", first / kl["GPTQ, 3 bits, random order"], "of random's")
+left = (
+    table["GPTQ, 3 bits, act-order"]["difference"] / loss["3 bits, one a row, clipped"]
+)
+report("act_order_left", left, "of the loss to nearest, on the same clipped grid")
+for key in ("difference", "kl"):
+    more, error = paired("GPTQ, 3 bits, act-order", "GPTQ, 3 bits, one a row", key)
+    print(f"act-order against the order as it comes, {key}: {more:+.4f} ± {error:.4f}")
+assert more < -3 * error or budget_fraction() < 1, "KL, paired, tells them apart"
+assert (left < 0.55 and first < kl["GPTQ, 3 bits, rising order"]) or (
+    budget_fraction() < 1
+)
+
+# %% [markdown]
+# In KL, act-order is ahead of the order as it comes by more than chance, and of the others by far; in loss the lead over the order as it comes is hardly more than its error. It costs nothing to store, since the codes go back to their places.
 
 # %% [markdown]
 # ## 8 · Going further: number formats
@@ -2076,7 +2175,7 @@ predict(
 # %%
 def e4m3(name: str, w: Tensor, scaled: bool = True) -> tuple[Tensor, list[Tensor]]:
     """A matrix cast to e4m3fn, its largest entry scaled to 448."""
-    scale = w.abs().max() / 448 if scaled else torch.tensor(1.0)
+    scale = w.abs().max().clamp(min=1e-30) / 448 if scaled else torch.tensor(1.0)
     bits = encode_float(w / scale, "e4m3fn").to(torch.uint8)
     return decode_float(bits, "e4m3fn") * scale, [bits, scale]
 
@@ -2094,12 +2193,12 @@ def nvfp4(name: str, w: Tensor) -> tuple[Tensor, list[Tensor]]:
 def integers(name: str, w: Tensor, group_size: int) -> tuple[Tensor, list[Tensor]]:
     """15 even levels under the scales of MXFP4 (groups of 32) or NVFP4 (of 16)."""
     x = rearrange(w, "o (n g) -> o n g", g=group_size)
-    largest = x.abs().amax(-1, keepdim=True)
+    largest = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
     if group_size == 32:
         exponent = floor_log2(largest) - 2
         s, stored = power_of_two(exponent).float(), [exponent.to(torch.int8)]
     else:
-        t = w.abs().max() / (7 * 448)
+        t = largest.max() / (7 * 448)
         bits = encode_float(largest / 7 / t, "e4m3fn")
         s, stored = decode_float(bits, "e4m3fn") * t, [bits.to(torch.uint8), t]
     codes = (x / s).round().clamp(-7, 7)
@@ -2130,7 +2229,7 @@ assert nv_even < 1.1 * nv or budget_fraction() < 1, "even levels do as well"
 
 # %% [markdown]
 # Four answers. Where integers stand or fall with their scale, fp8 hardly needs one: its exponent does that work, number by number. But at 8 bits the integers are closer. Weights of one matrix have about one size, and bits spent on range are not spent on precision. (What fp8 is for are numbers that do vary, such as gradients, and activations: section 10.) With MXFP4's scales the levels of `e2m1` help: below 2 units,
-# where many weights of a block lie, they are half as far apart as integers. But in NVFP4's blocks, where the even levels get a scale that fits them as well, they do no worse: what makes NVFP4 better than MXFP4 is its scale and its smaller blocks, not the shape of its levels. What hardware gains from `e2m1` is a small multiplier.
+# where many weights of a block lie, they are half as far apart as integers. But in NVFP4's blocks, where the even levels get a scale that fits them as well, the two measures disagree: even levels have less KL, `e2m1` the lower loss. What makes NVFP4 better than MXFP4 is its scale and its smaller blocks, not the shape of its levels. What hardware gains from `e2m1` is a small multiplier.
 
 # %% [markdown]
 # ## 9 · Going further: what llama.cpp runs
@@ -2452,6 +2551,7 @@ def plain_minima(name: str, w: Tensor) -> tuple[Tensor, list[Tensor]]:
     """4-bit codes with a float16 scale and a float16 minimum for each 64 weights."""
     x = rearrange(w, "o (n g) -> o n g", g=64)
     s, m = (z.half() for z in fit_search(x))
+    s = torch.where(s > 0, s, 1.0).half()  # a group of zeros
     codes = ((x + m) / s).round().clamp(0, 15)
     packed = pack_int4(codes.char() - 8)
     return (codes * s.float() - m.float()).reshape(w.shape), [packed, s, m]
@@ -2469,7 +2569,13 @@ rung("Q4_K, range", blocks_of(lambda w: q4_k_pack(w, fit_range), q4_k_unpack))
 rung("Q4_K, searched", blocks_of(q4_k_pack, q4_k_unpack))
 rung("Q4_K, searched, equal weights", blocks_of(equal_weights, q4_k_unpack), True)
 rung("plain minima, groups of 64", plain_minima, control=True)
+for name in ("q4_0", "q4_k"):
+    row = table["Q4_0" if name == "q4_0" else "Q4_K, searched"]
+    report(f"{name}_loss", row["difference"], "nats above the unrounded model")
+    report(f"{name}_loss_error", row["error"], "nats, its standard error")
 kl = {name: row["kl"] for name, row in table.items()}
+if "NF4, blocks of 64" in kl:  # section 4 may have been left out
+    report("nf4_q4_0", kl["NF4, blocks of 64"] / kl["Q4_0"], "times Q4_0's KL, NF4")
 without = kl["4 bits, groups of 32"]
 report("q4_0_kl_ratio", kl["Q4_0"] / without, "of the KL without the code -8")
 report("q4_k_kl_ratio", kl["Q4_K, searched"] / kl["Q4_0"], "of Q4_0's KL")
@@ -2972,13 +3078,15 @@ rung_of("AWQ permuted, 3 bits", awq_control, nearest(3, 32), control=True)
 plain_row = table["3 bits, groups of 32"]
 awq_gain = plain_row["difference"] - awq_row["difference"]
 report("awq_gain", awq_gain, "nats less than rounding to nearest")
+more, error = paired("AWQ, 3 bits, groups of 32", "3 bits, groups of 32")
+report("awq_gain_error", error, "nats, its standard error, paired")
 report("awq_kl", awq_row["kl"] / plain_row["kl"], "of rounding to nearest's KL")
 others = (plain_row, table["AWQ permuted, 3 bits"])
 assert awq_row["kl"] < min(row["kl"] for row in others) or budget_fraction() < 1
 assert abs(awq_gain) < 0.02 or budget_fraction() < 1, "no outliers, not much to gain"
 
 # %% [markdown]
-# With planted outliers the search finds them, and on the model as trained it finds something real, if small: the error of the outputs goes down on text that it did not see, and the permuted factors raise it. The loss hardly moves: the gain over rounding to nearest is smaller than the intervals of the rows. KL, which is steadier,
+# With planted outliers the search finds them, and on the model as trained it finds something real, if small: the error of the outputs goes down on text that it did not see, and the permuted factors raise it. The loss hardly moves: paired, the gain over rounding to nearest is little more than its error. KL, which is steadier,
 # puts AWQ before both. A model without salient channels gives AWQ nothing to save, which says little about models that have them.
 
 # %% [markdown]
@@ -3145,53 +3253,64 @@ aimless = permuted(smooth_factors)
 smooth_control = rescale(model, lambda name, w: 1 / aimless[name])
 w4a4("W4A4", model)
 w4a4("W4A4 SmoothQuant", smooth_model)
+for alpha in (0.3, 0.7):
+    source, _ = migrate(
+        model, trained_x, lambda x, w, alpha=alpha: smoothing(x, w, alpha)
+    )
+    w4a4(f"W4A4 SmoothQuant, alpha {alpha}", source)
 w4a4("W4A4 SmoothQuant permuted", smooth_control, control=True)
 w4a4("W4A4 rotation", model, rotation)
+w4a4("W4A4 rotation, other signs", model, lambda n: rotation(n, seed=1))
 w4a4("W4A4 signed permutation", model, signed_permutation, control=True)
 arms = {name: row for name, row in table.items() if name.startswith("W4A4")}
 loss = {name: row["difference"] for name, row in arms.items()}
 for name in loss:
-    report(name.lower().replace(" ", "_"), loss[name], "nats")
+    if "alpha" not in name and "other" not in name:
+        report(name.lower().replace(" ", "_"), loss[name], "nats")
+best_smooth = min(x for name, x in loss.items() if "SmoothQuant" in name)
+report("w4a4_smoothquant_best", best_smooth, "nats, the best of three alphas")
+report("w4a4_rotation_2", loss["W4A4 rotation, other signs"], "nats, other signs")
 report("w4a4_error", max(row["error"] for row in arms.values()), "nats at most")
 assert loss["W4A4 rotation"] < 0.6 * loss["W4A4"] or budget_fraction() < 1
-assert loss["W4A4 rotation"] < 0.6 * loss["W4A4 SmoothQuant"] or budget_fraction() < 1
+assert loss["W4A4 rotation"] < 0.6 * best_smooth or budget_fraction() < 1
 gap = loss["W4A4 signed permutation"] - loss["W4A4"]
-assert abs(gap) < 0.02 or budget_fraction() < 1, "what mixes nothing changes nothing"
+assert abs(gap) < 0.003 or budget_fraction() < 1, "what mixes nothing changes nothing"
 
 # %% tags=["plot"]
-figure, axis = plt.subplots(figsize=(7.2, 3.4))
+figure, axis = plt.subplots(figsize=(7.2, 4.2))
 colors = {"as it comes": VERMILION, "SmoothQuant": GREEN, "rotation": BLUE}
 for y, (name, row) in enumerate(reversed(arms.items())):
     text = name.removeprefix("W4A4").strip() or "as it comes"
-    color, spread = colors.get(text, MUTED), 1.96 * row["error"]
+    color = colors.get(text.split(",")[0], MUTED)
+    spread = 1.96 * row["error"]
     marker = "s" if row["control"] else "o"
     axis.errorbar(row["difference"], y, xerr=spread, fmt=marker, color=color, capsize=3)
     text += " (control)" if row["control"] else ""
     label(axis, row["difference"] + spread, y, text, color)
 only = table["4 bits, one a row"]["difference"]
 axis.axvline(only, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
-label(axis, only, 4.55, "weights alone in 4 bits", MUTED)
+label(axis, only, 7.55, "weights alone in 4 bits", MUTED)
 axis.set(
     xlabel="loss above the unrounded model (nats per character, 95 % interval)",
     title="W4A4: mixing the channels helps, rescaling them does not",
     xlim=(0, 1.45 * max(loss.values())),
-    ylim=(-0.5, 4.8),
+    ylim=(-0.5, 7.9),
     yticks=[],
 )
 show(
     figure,
     "fig_w4a4",
-    "Loss differences of five ways to round weights and activations to 4 bits, with "
+    "Loss differences of eight ways to round weights and activations to 4 bits, with "
     "intervals. A rotation loses less than half of what the others lose, and lies "
     "nearest to the line of 4-bit weights with float activations. A signed permutation "
-    "equals rounding as it comes; SmoothQuant gains nothing; its permuted control is "
+    "equals rounding as it comes; SmoothQuant gains little; its permuted control is "
     "worst.",
 )
 
 # %% [markdown]
-# The rotation takes back most of what rounding the activations cost, without having looked at a single one. Its control, orthogonal too, changes nothing: it is the mixing that helps. (The interval is over windows, for one draw of the signs. Other draws, and random orthogonal matrices without structure, came out within a hundredth of a nat.)
+# The rotation takes back most of what rounding the activations cost, without having looked at a single one. Its control, orthogonal too, changes nothing: it is the mixing that helps. (The intervals are over windows; how much the draw of the signs matters, the second draw shows.)
 #
-# SmoothQuant gains nothing here. Its factors are aimed, since permuted they do harm; but they act on channels, and `down`'s inputs peak in single tokens: dividing by one factor a channel left their peak almost as it was. (Other $\alpha$ between .3 and .7, or only the seams at the norms, did not change that.) On a model with outlier channels, at 8 bits, the
+# SmoothQuant gains little here at the best of three $\alpha$, and nothing at the usual one. Its factors are aimed, since permuted they do harm; but they act on channels, and `down`'s inputs peak in single tokens: dividing by one factor a channel left their peak almost as it was. On a model with outlier channels, at 8 bits, the
 # same method was all that was needed. What the activations' trouble *is* decides which cure works.
 #
 # A rotation at run time costs additions. QuaRot saves most of them: a rotation of the whole residual stream commutes with RMSNorm once the gains are folded into the next matrices, so that it too can be folded into weights, and only those inside attention and before `down` stay.
@@ -3302,7 +3421,7 @@ def by_ternary(name: str, w: Tensor) -> tuple[Tensor, list[Tensor]]:
 # %% tags=["trained"]
 rung("2 bits, four levels", by_two_bits)
 rung("ternary", by_ternary)
-four, idle = table["2 bits, four levels"], table["2 bits, groups of 32"]
+four, idle = table["2 bits, four levels"], plain_rungs["2 bits, groups of 32"]
 assert four["bits"] == idle["bits"] == 2.5 and table["ternary"]["bits"] < 1.602
 assert four["difference"] < 0.5 * idle["difference"] or budget_fraction() < 1
 
@@ -3365,7 +3484,7 @@ print(f"{history.steps} steps: {before:+.3f} nats before, {after:+.3f} after")
 assert after < 0.8 * before or budget_fraction() < 1, "training must win some back"
 
 # %% [markdown]
-# The whole is *recorded*: 250 steps with three seeds, that is, three samples of training windows, for each grid. The control is the float model itself, trained for as many steps on the same windows, with its own best learning rate: what it gains comes from the further text, not from rounding. The records hold the loss on
+# The whole is *recorded*: 250 steps with three seeds, that is, three samples of training windows, for each grid. The control is the float model itself, trained for as many steps on the same windows, with the best of the learning rates that were tried for it: what it gains comes from the further text, not from rounding. The records hold the loss on
 # each of the windows judged here, so that all differences are paired.
 
 
@@ -3436,9 +3555,10 @@ assert abs(two["untrained"] - four["difference"]) < 0.01 or budget_fraction() < 
 # %% tags=["trained"]
 for name, arm in (("2 bits, four levels", two), ("ternary", three)):
     measured = {key: arm[key] for key in ("difference", "kl", "agreement")}
+    measured["kl_error"] = math.nan  # was not recorded
     row = {**table[name], **measured, "error": arm["standard_error"]}
     table[f"{name}, trained"] = row
-gptq_2 = table["GPTQ, 2 bits, groups of 32"]["difference"]
+gptq_2 = gptq_rungs["GPTQ, 2 bits, groups of 32"]["difference"]
 assert two["difference"] < gptq_2 or budget_fraction() < 1, "and less than GPTQ loses"
 
 # %% tags=["plot"]
@@ -3520,9 +3640,12 @@ def round_cached(x: Tensor, bits: int, axis: int) -> tuple[Tensor, list[Tensor]]
 
     x: float, any shape. Returns x_hat of its shape; codes, scale float16, zero point.
     """
-    codes, scale, zero = affine_quantize(x, bits, axis)
-    scale = stored_scale(scale)
-    return affine_dequantize(codes, scale.float(), zero), [codes, scale, zero]
+    scale, top = stored_scale(affine_quantize(x, bits, axis)[1]), 2**bits - 1
+    s = scale.float()  # as it is kept: codes and zero points are the nearest under it
+    zero = (-x.amin(axis, keepdim=True).clamp(max=0) / s).round().clamp(0, top)
+    codes = ((x / s).round() + zero).clamp(0, top)
+    kept = [codes.to(torch.uint8), scale, zero.to(torch.uint8)]
+    return (codes - zero) * s, kept
 
 
 def per_token(x: Tensor, bits: int) -> Tensor:
@@ -3638,17 +3761,17 @@ for bits, names in ((8, "channel token"), (4, "channel token"), (4, "token chann
         f"{row['difference']:+9.4f} +- {row['error']:.4f} nats"
         f"   KL {row['kl']:.5f}   same {row['agreement']:6.1%}"
     )
-eight, four = cached[8, "channel token"], cached[4, "channel token"]
+kv_eight, kv_four = cached[8, "channel token"], cached[4, "channel token"]
 swapped = cached[4, "token channel"]
-report("kv8_changed", 100 * (1 - eight["agreement"]), "% of choices changed, 8 bits")
-report("kv4_changed", 100 * (1 - four["agreement"]), "% of choices changed, 4 bits")
-report("kv4", four["difference"], "nats lost with 4 bits, keys per channel")
-report("kv4_error", four["error"], "nats, its standard error")
-report("kv4_kl", four["kl"], "nats of KL divergence")
+report("kv8_changed", 100 * (1 - kv_eight["agreement"]), "% of choices changed, 8 bits")
+report("kv4_changed", 100 * (1 - kv_four["agreement"]), "% of choices changed, 4 bits")
+report("kv4", kv_four["difference"], "nats lost with 4 bits, keys per channel")
+report("kv4_error", kv_four["error"], "nats, its standard error")
+report("kv4_kl", kv_four["kl"], "nats of KL divergence")
 report("kv4_kl_swapped", swapped["kl"], "nats of KL divergence, swapped")
-assert abs(eight["difference"]) < 0.001 and eight["agreement"] > 0.99
-assert abs(four["difference"]) < 0.01 or budget_fraction() < 1
-assert four["kl"] < 0.75 * swapped["kl"] or budget_fraction() < 1
+assert abs(kv_eight["difference"]) < 0.001 and kv_eight["agreement"] > 0.99
+assert abs(kv_four["difference"]) < 0.01 or budget_fraction() < 1
+assert kv_four["kl"] < 0.75 * swapped["kl"] or budget_fraction() < 1
 
 # %% [markdown]
 # These windows were read in one go, all positions at once, and that is an approximation of what a cache does. A real one grows token by token: the newest keys, up to 31 here, wait unrounded until their group is full, and a group's scale cannot know later tokens. In one go every key is rounded, even a position's
@@ -3700,7 +3823,7 @@ for bits in (8, 4):
 print(f"float32: {model.config.kv_cache_bytes(1)} bytes a token")
 
 # %% [markdown]
-# The formula goes where this model cannot: to LLaMA 7B, in its trained context of 2,048 tokens and beyond it, at sixteen times that. The weights at 4.5 bits are beside it.
+# (The formula takes all tokens as rounded. The newest, up to 31, whose group is not full, keep their keys in float.) It goes where this model cannot: to LLaMA 7B, in its trained context of 2,048 tokens and beyond it, at sixteen times that. The weights at 4.5 bits are beside it.
 
 # %%
 llama = Config(32_000, 4096, 32, 32, hidden_dim=11_008, tie_embeddings=False)
@@ -4043,7 +4166,7 @@ for bits, group_size in ((8, None), (4, 32)):
     layers = [m for m in fast[bits].modules() if isinstance(m, QuantLinear)]
     size = sum(b.nbytes for m in layers for b in m.buffers())
     print(
-        f"{bits} bits: {len(layers)} layers in {size:,} bytes ({4 * n_weights / size:.1f} "
+        f"{bits} bits: {len(layers)} layers, {size:,} bytes ({4 * n_weights / size:.1f} "
         "times fewer than float32), logits of the dequantized model within 1e-4"
     )
 
@@ -4071,12 +4194,12 @@ def race(contenders: dict, seconds: float, calls: int = 5) -> dict[str, float]:
 
 # %%
 predict(
-    "4 bits take fewer bytes than 8, and both loops do three instructions for eight weights. "
-    "With the matrix in the cache, the 4-bit product takes",
+    "4 bits take fewer bytes than 8, and both loops do three instructions for eight "
+    "weights. With the matrix in the cache, the 4-bit product takes",
     ["about half as long", "about as long", "twice as long"],
     answer=1,
-    why="In a cache that is fast enough, the bytes of both arrive in time, and both wait for "
-    "the same arithmetic. Fewer bytes pay where bytes are what a product waits for: "
+    why="In a cache that is fast enough, the bytes of both arrive in time, and both wait "
+    "for the same arithmetic. Fewer bytes pay where bytes are what a product waits for: "
     "out of the cache.",
 )
 
@@ -4111,41 +4234,42 @@ assert speedup["int8"] > 1.5 and speedup["int4"] > 1.2 or budget_fraction() < 1
 assert groups > 1.2 or budget_fraction() < 1
 
 # %% [markdown]
-# Where does that stand under the roof? Two slopes, measured by a sum, which only reads: from far away (256 MB, piece by piece) and from the second-level cache (1 MB). Two flats: the peak of a matrix product; and the speed of our loops on 256 rows, whose bytes lie in the second-level cache, so that little but instructions is left to wait for.
+# Where does that stand under the roof? Two slopes, measured by a sum, which only reads: over the float32 matrix again and again, which a large cache keeps, and over 128 MB piece by piece, which fewer caches keep. Two flats: the peak of a matrix product; and the speed of our loops on 256 rows, whose bytes lie in the second-level cache, so that little but
+# instructions (and the call) is left to wait for.
 
 # %% tags=["timing"]
-far, near, a = torch.randn(16, 2**22), torch.randn(2**18), torch.randn(512, 512)
+far, a = torch.randn(8, 2**22), torch.randn(512, 512)
 turn = iter(range(10**9))
 probes = race(
     {
-        "far": lambda: far[next(turn) % 16].sum(),
-        "near": near.sum,
+        "far": lambda: far[next(turn) % 8].sum(),
+        "near": layer.weight.sum,
         "peak": lambda: a @ a,
     },
     2,
 )
-far_rate, near_rate = far[0].nbytes / probes["far"], near.nbytes / probes["near"]
+far_rate, near_rate = far[0].nbytes / probes["far"], size["float32"] / probes["near"]
 peak = 2 * 512**3 / probes["peak"]
 loops = 2 * 256 * side / min(seconds["int8 near"], seconds["int4 near"])
 del far
-report("gemv_far_gbs", far_rate / 1e9, "GB/s, reading 256 MB with one thread")
-report("gemv_near_gbs", near_rate / 1e9, "GB/s, reading 1 MB again and again")
+report("gemv_far_gbs", far_rate / 1e9, "GB/s, reading 128 MB with one thread")
+report("gemv_near_gbs", near_rate / 1e9, "GB/s, reading the matrix again and again")
 report("gemv_loops", loops / 1e9, "GFLOP/s of our loops on bytes that lie near")
-assert near_rate > far_rate * 0.8 and peak > loops * 0.5
+assert near_rate > far_rate * 0.6 and peak > loops * 0.5
 
 # %% tags=["plot"]
 figure, axis = plt.subplots()
-for rate, color, text, shift in (
-    (far_rate, INK, f"from far away {far_rate / 1e9:.0f} GB/s", (8, -6)),
-    (near_rate, MUTED, f"level 2 {near_rate / 1e9:.0f} GB/s", (8, -6)),
+for rate, color, text, at, shift, side_of in (
+    (far_rate, MUTED, f"128 MB {far_rate / 1e9:.0f} GB/s", 0.2, (10, -8), "left"),
+    (near_rate, INK, f"the matrix {near_rate / 1e9:.0f} GB/s", 3.4, (-9, 8), "right"),
 ):
     reach = np.array([0.16, peak / rate])
     axis.loglog(reach, reach * rate / 1e9, color=color)
-    label(axis, 0.2, 0.2 * rate / 1e9, text, color, xytext=shift)
+    label(axis, at, at * rate / 1e9, text, color, xytext=shift, ha=side_of)
 reference_line(axis, peak / 1e9, f"peak of a matrix product {peak / 1e9:.0f} GFLOP/s")
 reference_line(axis, loops / 1e9, f"our loops {loops / 1e9:.0f}")
 for name, color, shift in zip(
-    size, (INK, BLUE, VERMILION), ((-9, 6), (-9, 4), (7, -13)), strict=True
+    size, (INK, BLUE, VERMILION), ((-9, 6), (-2, -17), (0, -17)), strict=True
 ):
     at = 2 * side * side / size[name], 2 * side * side / seconds[name] / 1e9
     axis.plot(*at, "o", ms=8, color=color)
@@ -4162,14 +4286,13 @@ show(
     figure,
     "fig_gemv_roofline",
     "A roofline on logarithmic axes, one thread. The float32 product lies at half an "
-    "operation a byte on the slope of distant memory; the int8 product at two and the int4 "
-    "product at three operations a byte lie several times higher, near a dashed line: the "
-    "arithmetic of their own loops.",
+    "operation a byte on the slope of reading the matrix; the int8 product at two and "
+    "the int4 product at three operations a byte lie several times higher, at the same "
+    "height, near a dashed line: the arithmetic of their own loops.",
 )
 
 # %% [markdown]
-# Float32 sits on the slope: it waits for bytes, and nothing but fewer bytes helps it. Rounding moves the product to the right, up the slope, until another roof stops it: the three instructions for eight weights. From there on fewer bits help only where bytes are slower. (int8 may
-# stand above the slope of distant memory: its matrix is small enough for a part of it to stay in the second-level cache.)
+# Float32 sits on the slope: it waits for bytes, and nothing but fewer bytes helps it. Rounding moves the product to the right, up the slope, until another roof stops it: the three instructions for eight weights. From there on fewer bits help only where bytes come more slowly.
 #
 # The record holds the same with two threads, medians over many turns, with one matrix that stays in the last-level cache, and with 1.2 GB of matrices in turn, which no cache holds. *allowed* is the ratio of the bytes, *reached* the share of it. *reading 17 MB* is a sum over as many bytes as the int8 matrix has, with no product at all: what a loop can
 # reach that reads so little at a time. The experiment's card says what else was tried.
@@ -4182,6 +4305,10 @@ for line in record.splitlines():
     match line.split():
         case [("cache" | "memory") as where, ("int8" | "int4") as name, _, ratio, *_]:
             report(f"gemv_{name}_{where}", float(ratio), "times float32, recorded")
+
+# %% [markdown]
+# We had aimed at 4 times from int8 in the cache and 3.2 out of it, and at 3 from int4. The record says what was reached. Four is the whole ratio of the bytes, and PyTorch's float32 product wastes no bandwidth here: in the cache it is as fast as a plain sum, out of it faster. Out of the cache int8 takes hardly longer than
+# a sum over as many bytes, so a loop that reads like a sum can get no further; in the cache the three instructions are what is missing, and int4 takes as long as int8, though it reads fewer bytes. Out of the cache, where bytes decide and where a real model's weights are, int4 is clearly ahead.
 
 # %% [markdown]
 # ### Where it loses
@@ -4326,11 +4453,11 @@ draw_ladder(
         "trained": BLUE,
         "NF4": PURPLE,
         "Q4": GREEN,
-        "NVFP4": SKY,
+        "NVFP4": INK,
         "MXFP4": ORANGE,
     },
-    "Two panels against bits a weight, logarithmic: loss above the unrounded model and KL "
-    "divergence, for the rungs of the lab that round weights. Methods that use data or more "
+    "Two panels against bits a weight, logarithmic: loss above the unrounded model, and "
+    "KL divergence, for the rungs that round weights. Methods that use data or more "
     "scales lie lower at the same bits, those that train on with the rounding lowest of "
     "all; controls are open squares.",
 )
@@ -4339,37 +4466,43 @@ draw_ladder(
 # ## The verdict
 
 # %% tags=["trained"]
-three, plain = table["GPTQ, 3 bits, one a row"], table["3 bits, one a row"]
-four = table["GPTQ, 4 bits, groups of 32"]
+three, four = (
+    gptq_rungs[f"GPTQ, {x}"] for x in ("3 bits, one a row", "4 bits, groups of 32")
+)
+plain, plain_four = (
+    plain_rungs[x] for x in ("3 bits, one a row", "4 bits, groups of 32")
+)
 verdict(
     7,
     "holds in part",
-    measured=f"GPTQ at {three['bits']:.2f} bits a weight loses {three['difference']:+.3f} "
-    f"nats of {judge.loss.mean().item():.2f} and changes {1 - three['agreement']:.0%} of "
-    f"the likeliest tokens, where rounding to nearest loses {plain['difference']:+.3f}; at "
-    f"{four['bits']:.2f} bits it loses {four['difference']:+.4f}",
+    measured=f"GPTQ at {three['bits']:.2f} bits a weight loses "
+    f"{three['difference']:+.3f} nats of {judge.loss.mean().item():.2f} and changes "
+    f"{1 - three['agreement']:.0%} of the likeliest tokens, where rounding to nearest "
+    f"loses {plain['difference']:+.3f}; at {four['bits']:.2f} bits it loses "
+    f"{four['difference']:+.4f}",
     interval=f"standard errors {three['error']:.3f} and {four['error']:.4f}, paired over "
     f"{len(windows)} windows; one model, one calibration text",
-    why="175 billion weights fit one 80 GB card at 3 bits, not at 4. At 4 bits nothing "
-    "measurable is lost; at 3 bits clipped grids and GPTQ together make most of the loss "
-    "go away, each about halving it, and what is left can be measured. Larger models are "
-    "said to lose less; that cannot be told here.",
+    why="175 billion weights fit one 80 GB card at 3 bits, not at 4. At 4.5 bits "
+    "nothing measurable is lost; at 3 bits clipped grids and GPTQ together make most of "
+    "the loss go away, each about halving it, and what is left can be measured. Larger "
+    "models are said to lose less; that cannot be told here.",
 )
 verdict(
     8,
     "holds in part",
-    measured=f"4 bits in groups of 32 store {four['bits']:.2f} bits a weight, "
-    f"{13e9 * four['bits'] / 8 / 1e9:.1f} GB for 13 billion, and cost "
-    f"{four['difference']:+.4f} nats by GPTQ, "
-    f"{table['4 bits, groups of 32']['difference']:+.4f} by rounding to nearest",
-    interval=f"standard errors {four['error']:.4f} and "
-    f"{table['4 bits, groups of 32']['error']:.4f}, paired over {len(windows)} windows",
-    why="So the model that fits a laptop is still the model, nearly: the likeliest token "
-    f"changes at {1 - four['agreement']:.0%} of positions. No LLaMA, phone or Raspberry "
-    "Pi was run.",
+    measured=f"rounding to nearest at {plain_four['bits']:.2f} bits a weight (groups of "
+    f"32), {13e9 * plain_four['bits'] / 8 / 1e9:.1f} GB for 13 billion, loses "
+    f"{plain_four['difference']:+.4f} nats and changes "
+    f"{1 - plain_four['agreement']:.0%} of the likeliest tokens; GPTQ in the same bytes "
+    f"loses {four['difference']:+.4f} and changes {1 - four['agreement']:.0%}",
+    interval=f"standard errors {plain_four['error']:.4f} and {four['error']:.4f}, paired "
+    f"over {len(windows)} windows",
+    why="What laptops ran in 2023 were roundings to nearest of this kind: a loss that is "
+    "small and can be measured. So the model that fits is nearly the model. No LLaMA, "
+    "phone or Raspberry Pi was run.",
 )
 assert three["difference"] < 0.5 * plain["difference"] or budget_fraction() < 1
-assert four["difference"] < 0.004 or budget_fraction() < 1
+assert four["difference"] < 0.003 or budget_fraction() < 1
 
 # %% [markdown]
 # What you predicted, beside what came out:

@@ -93,6 +93,9 @@ def read_source(path: Path) -> NotebookNode:
             tags.add(kind)
         if "setup" in tags:
             cell.source = SETUP
+        if cell.cell_type == "code" and cell.source.startswith("predict("):  # the call holds the answer
+            tags |= {"hide-input"}
+            cell.metadata.update(jupyter={"source_hidden": True}, cellView="form")
         if tags & {"setup", "plot"}:
             tags |= {"hide-input"}
         if tags & IGNORED:

@@ -74,6 +74,14 @@ def test_affine_is_near_and_keeps_zero(seed, bits, axis, shift):
     assert ((x_hat - x).abs() <= scale * 0.5000001).double().mean() > 0.5
 
 
+@pytest.mark.parametrize("x", [torch.tensor([190.0, 1.0]) * 2.0**-149, random(0, 200, 64).bfloat16()])
+def test_a_scale_that_was_rounded_down_pushes_no_code_over_the_end(x):
+    """Subnormal numbers, and a format with 8 bits of precision."""
+    for bits in (4, 8):
+        q, _ = lab.absmax_quantize(x, bits, x.ndim - 1)
+        assert q.int().abs().max() <= 2 ** (bits - 1) - 1 and (q.float() * x.float() >= 0).all()
+
+
 def test_the_rule_of_six_decibels_is_exact_for_even_numbers():
     x = torch.linspace(-1, 1, 1_000_001, dtype=torch.float64)
     for bits in range(2, 9):
@@ -173,6 +181,7 @@ def test_the_judge_pairs_windows_and_measures_three_distances():
     difference = window_losses(rounded, windows) - window_losses(model, windows)
     assert row["difference"] == pytest.approx(difference.mean().item(), abs=1e-5)
     assert row["error"] == pytest.approx((difference.std() / 40**0.5).item(), rel=1e-3)
+    assert row["kl_error"] == pytest.approx(lab.standard_error(row["windows"]["kl"]))
     with torch.no_grad():
         p, q = (m(windows[:, :-1]).double().softmax(-1) for m in (model, rounded))
     assert row["kl"] == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
@@ -319,6 +328,10 @@ def test_a_hessian_that_cannot_be_is_refused():
             function(W, torch.ones(8, 8), 4, damp=0.0)
         with pytest.raises(ValueError, match="NaN or infinite"):
             function(W, torch.full((8, 8), math.nan), 4)
+        with pytest.raises(ValueError, match="not symmetric"):
+            function(W, torch.eye(8) + torch.ones(8, 8).triu(1), 4)
+        with pytest.raises(ValueError, match="a matrix"):
+            function(W[0], torch.eye(8), 4)
     assert lab.gptq(W, torch.ones(8, 8), 4).isfinite().all(), "damping makes a singular one usable"
     with pytest.raises(ValueError, match="once"):
         lab.gptq_lazy(W, torch.eye(8), 4, order=torch.zeros(8, dtype=torch.int64))

@@ -287,11 +287,10 @@ def test_the_summary_pairs_windows_and_averages_seeds():
 def affine_slow(x: list[float], bits: int) -> list[float]:
     """One stretch of numbers on its own affine grid, the scale rounded to float16."""
     low, high = min(*x, 0), max(*x, 0)
-    scale = (high - low) / (2**bits - 1) or 1.0
-    zero = round(-low / scale)
+    scale = torch.tensor((high - low) / (2**bits - 1)).half().item() or 1.0
+    zero = min(round(-low / scale), 2**bits - 1)
     codes = [min(max(round(value / scale) + zero, 0), 2**bits - 1) for value in x]
-    stored = torch.tensor(scale).half().item()
-    return [(code - zero) * stored for code in codes]
+    return [(code - zero) * scale for code in codes]
 
 
 def close(x_hat: torch.Tensor, slow: torch.Tensor, x: torch.Tensor, bits: int) -> bool:
@@ -331,6 +330,13 @@ def test_what_the_cache_keeps_restores_what_the_model_sees(bits):
     assert torch.equal((codes.float() - zero.float()) * scale.float(), x_hat)
     assert scale.dtype == torch.float16 and zero.dtype == torch.uint8 and codes.int().max() < 2**bits
     assert lab.kept_bytes(x, bits, axis=-1) == x.numel() * bits // 8 + 3 * x.numel() // 32
+
+
+@pytest.mark.parametrize("size", [2e-7, 1e-9, 0.0])
+def test_numbers_too_small_for_a_stored_scale_stay_small(size):
+    x = size * normal(1, 1, 32, 4).abs()
+    for rounded in (lab.per_token(x, 8), lab.per_channel(x, 8)):
+        assert (rounded - x).abs().max() <= 4 * size
 
 
 def test_bad_caches_are_refused():

@@ -278,38 +278,55 @@ def nbgrader(course: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=course, env=environment, capture_output=True, text=True, encoding="utf-8")
 
 
-def scores(course: Path) -> dict[str, float]:
+def scores(course: Path, stem: str) -> dict[str, float]:
     """Points by student, from nbgrader's own database."""
     from nbgrader.api import Gradebook
 
     with Gradebook(f"sqlite:///{course / 'gradebook.db'}") as book:
-        return {s.student.id: s.score for s in book.assignment_submissions(SOURCES[0].stem)}
+        return {s.student.id: s.score for s in book.assignment_submissions(stem)}
+
+
+def released(source: Path, course: Path) -> None:
+    """An nbgrader course with the assignment of a lab, which is our student notebook."""
+    stem = source.stem
+    subprocess.run([sys.executable, ROOT / "labs" / "build.py", stem, "--nbgrader", course], check=True)
+    result = nbgrader(course, "generate_assignment", stem)
+    assert result.returncode == 0, result.stderr
+    theirs = nbformat.read(course / "release" / stem / f"{stem}.ipynb", as_version=4)
+    ours = nbformat.read(build.student_path(source), as_version=4)
+    assert [c.source for c in theirs.cells] == [c.source for c in ours.cells]
+
+
+def submit(course: Path, stem: str, student: str, solved=(), change=lambda cell: None) -> None:
+    """Hand in the released notebook with the named exercises solved and each cell changed."""
+    notebook = nbformat.read(course / "release" / stem / f"{stem}.ipynb", as_version=4)
+    for cell in notebook.cells:
+        name = cell.metadata.get("nbgrader", {}).get("grade_id")
+        if name in solved:
+            cell.source = strip_markers(EXERCISES[stem][name][0].source)
+        change(cell)
+    path = course / "submitted" / student / stem / f"{stem}.ipynb"
+    path.parent.mkdir(parents=True)
+    nbformat.write(notebook, path)
+
+
+@pytest.mark.parametrize("source", SOURCES[1:], ids=lambda p: p.stem)
+def test_nbgrader_grades_each_lab(source, tmp_path):
+    stem, course = source.stem, tmp_path / "course"
+    released(source, course)
+    submit(course, stem, "all", EXERCISES[stem])
+    submit(course, stem, "blank")
+    result = nbgrader(course, "autograde", stem, "--Execute.timeout=120")
+    most = sum(check.metadata.nbgrader.points for _, check in EXERCISES[stem].values())
+    assert scores(course, stem) == {"all": most, "blank": 0}, result.stderr[-4000:]
 
 
 def test_nbgrader_releases_and_grades(tmp_path):
     """The reference gets full marks, a blank copy none, a half-solved one its half; damaged copies harm only themselves."""
     stem, course = SOURCES[0].stem, tmp_path / "course"
-    subprocess.run([sys.executable, ROOT / "labs" / "build.py", stem, "--nbgrader", course], check=True)
-    result = nbgrader(course, "generate_assignment", stem)
-    assert result.returncode == 0, result.stderr
-    released = nbformat.read(course / "release" / stem / f"{stem}.ipynb", as_version=4)
-    ours = nbformat.read(build.student_path(SOURCES[0]), as_version=4)
-    assert [c.source for c in released.cells] == [c.source for c in ours.cells]
-
+    released(SOURCES[0], course)
     found = EXERCISES[stem]
     names = list(found)
-    answers = {name: strip_markers(cell.source) for name, (cell, _) in found.items()}
-
-    def submit(student: str, solved=(), change=lambda cell: None) -> None:
-        notebook = nbformat.read(course / "release" / stem / f"{stem}.ipynb", as_version=4)
-        for cell in notebook.cells:
-            name = cell.metadata.get("nbgrader", {}).get("grade_id")
-            if name in solved:
-                cell.source = answers[name]
-            change(cell)
-        path = course / "submitted" / student / stem / f"{stem}.ipynb"
-        path.parent.mkdir(parents=True)
-        nbformat.write(notebook, path)
 
     def tamper(cell):
         if cell.metadata.get("nbgrader", {}).get("grade"):
@@ -317,14 +334,14 @@ def test_nbgrader_releases_and_grades(tmp_path):
 
     def loop(cell):
         if cell.metadata.get("nbgrader", {}).get("grade_id") == names[2]:
-            head = answers[names[2]].split('"""')[0]
+            head = found[names[2]][0].source.split('"""')[0]
             cell.source = f'{head}"""Never ends."""\n    while True:\n        pass'
 
-    submit("all", names)
-    submit("blank")
-    submit("half", names[::2])
-    submit("tampered", names[:1], tamper)
-    submit("endless", [names[1]], loop)
+    submit(course, stem, "all", names)
+    submit(course, stem, "blank")
+    submit(course, stem, "half", names[::2])
+    submit(course, stem, "tampered", names[:1], tamper)
+    submit(course, stem, "endless", [names[1]], loop)
     broken = course / "submitted" / "broken" / stem / f"{stem}.ipynb"
     broken.parent.mkdir(parents=True)
     broken.write_text("this is no notebook", encoding="utf-8")
@@ -338,6 +355,6 @@ def test_nbgrader_releases_and_grades(tmp_path):
         "tampered": points[names[0]],
         "endless": points[names[1]],
     }
-    got = scores(course)
+    got = scores(course, stem)
     assert {student: got.get(student) for student in expected} == expected, result.stderr[-4000:]
     assert "broken" in result.stderr and not got.get("broken")

@@ -50,8 +50,11 @@ def table_of(directive: Directive, headings: Sequence[str], rows: Sequence[Seque
 
 
 def shown(row: dict) -> tuple[str, ...]:
-    worst, tolerance = ("exact" if row[k] == 0 else f"{row[k]:.0e}".replace("e-0", "e-") for k in ("worst", "tolerance"))
-    return row["what"], row["against"], row["dtype"], f"{row['cases']:,}", tolerance, worst
+    def number(x: float) -> str:
+        return "exact" if x == 0 else f"{x:.0e}".replace("e-0", "e-").replace("e+00", "")
+
+    sizes = number(row["tolerance"]), number(row["worst"])
+    return row["what"], row["against"], row["dtype"], f"{row['cases']:,}", *sizes
 
 
 def setup(app):

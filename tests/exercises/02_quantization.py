@@ -31,7 +31,7 @@ def scale_from_the_maximum(x, bits, axis=None):
     return (x / scale).round().to(torch.int8), scale
 
 
-@wrong("absmax_quantize", "rounded before they were divided")
+@wrong("absmax_quantize", "numbers below a half")
 def rounded_before_dividing(x, bits, axis=None):
     _, scale = lab.absmax_quantize(x, bits, axis)
     return (x.round() / scale).to(torch.int8), scale
@@ -57,7 +57,7 @@ def one_scale_for_all_rows(x, bits, axis=None):
     return q, scale.expand(x.shape[0], 1).clone() if axis == 1 else scale
 
 
-@wrong("absmax_quantize", "a row of zeros")
+@wrong("absmax_quantize", "nothing is divided by zero")
 def zeros_divide_by_zero(x, bits, axis=None):
     scale = x.abs().amax(lab.every_axis(x, axis), keepdim=True) / (2 ** (bits - 1) - 1)
     return (x / scale).round().nan_to_num().to(torch.int8), scale
@@ -129,7 +129,7 @@ def one_range_for_all_rows(x, bits, axis=None):
     return (q, scale, zero) if axis is None else (q, scale.expand(len(x), 1).clone(), zero.expand(len(x), 1).clone())
 
 
-@wrong("affine_quantize", "a row of zeros")
+@wrong("affine_quantize", "nothing but zeros")
 def zeros_keep_scale_zero(x, bits, axis=None):
     q, scale, zero = affine(x, bits, axis)
     span = x.abs().amax(lab.every_axis(x, axis), keepdim=True)
@@ -179,7 +179,7 @@ def in_groups(w, bits, group_size, absmax, before=None, stored=True, clamp=True)
     return (codes.clamp(-largest, largest) if clamp else codes).reshape(w.shape).to(torch.int8), scale
 
 
-@wrong("quantize_groups", "largest absolute value")
+@wrong("quantize_groups", "the group's largest absolute value")
 def groups_from_the_maximum(w, bits, group_size):
     return in_groups(w, bits, group_size, lambda x: x.amax(-1).clamp(min=0))
 
@@ -202,7 +202,7 @@ def codes_under_the_unrounded_scale(w, bits, group_size):
     return in_groups(w, bits, group_size, lambda x: x.abs().amax(-1), stored=False)
 
 
-@wrong("quantize_groups", "rounded before they were divided")
+@wrong("quantize_groups", "small weights became 0")
 def groups_rounded_before_dividing(w, bits, group_size):
     return in_groups(w, bits, group_size, lambda x: x.abs().amax(-1), before=torch.round)
 
