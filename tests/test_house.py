@@ -358,6 +358,17 @@ def test_the_sheet_keeps_what_a_page_can_use(house):
     ]
 
 
+def test_code_is_marked_up_only_where_it_pays(house):
+    code = '<span class="n">x</span> <span class="o">=</span> <span class="k">not</span> '
+    code += '<span class="sa">f</span><span class="s2">&quot;a</span><span class="si">{</span><span class="n">y</span>'
+    code += '<span class="si">}</span><span class="s2">&quot;</span><span class="p">[</span><span class="mi">1</span>'
+    light = house.lighter(code)
+    assert light == (
+        'x = <span class="k">not</span> <span class="s2">f&quot;a{</span>y<span class="s2">}&quot;</span>[1'
+    )
+    assert house.lighter(light) == light
+
+
 def test_mending_a_page_twice_changes_nothing(book, house):
     for name, page in pages(book).items():
         once = str(page)
