@@ -1556,8 +1556,8 @@ draw_ladder(
     {"GPTQ": VERMILION, "NF4": PURPLE},
     "Two panels against bits a weight, logarithmic: loss above the unrounded model, and "
     "KL divergence. Both fall steeply from more than a nat at 2 bits to below a "
-    "thousandth at 8. GPTQ lies below rounding to nearest at the same bits; near 4.5 bits "
-    "its loss difference is near the foot of the picture while its KL is about a hundredth.",
+    "thousandth at 8. GPTQ lies below rounding to nearest at the same bits; near 4.5 "
+    "bits its loss difference is near the foot of the picture, its KL about a hundredth.",
 )
 
 # %% [markdown]
