@@ -3624,10 +3624,12 @@ with torch.no_grad():
 k, v = recorders[2].given
 
 # %% tags=["trained"]
+spread = {}
 for name, x in (("keys", k), ("values", v)):
     size = reduce(x.abs(), "b h s d -> h d", "mean")
-    ratio = (size.max(1).values / size.median(1).values).mean().item()
-    report(f"{name}_outlier", ratio, f"{name}: the largest channel, in medians")
+    spread[name] = (size.max(1).values / size.median(1).values).mean().item()
+    report(f"{name}_outlier", spread[name], f"{name}: the largest channel, in medians")
+assert spread["keys"] > 2 * spread["values"] or budget_fraction() < 1, "keys have them"
 
 # %% [markdown]
 # In each head, a few channels of the *keys* are several times larger than the others, and stay so over the text; the values have no such channels. That is what Liu et al. (2024, KIVI) found in large models, and so they round
