@@ -3,6 +3,10 @@
     ```{lab-figure} 00_tiny_model fig_training
     The caption.
     ```
+
+    ```{lab-table} 02_quantization ladder
+    The caption.
+    ```
 """
 
 from __future__ import annotations
