@@ -6,15 +6,19 @@ from the config (its seed included), so a config is run once, whatever happens i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from tinylm.device import describe
@@ -56,34 +60,53 @@ def _read(path: Path) -> dict:
 
 
 def run_all(
-    configs: Iterable[dict], function: Callable[[dict], dict], folder: str | Path, progress: bool = True
+    configs: Iterable[dict],
+    function: Callable[[dict], dict],
+    folder: str | Path,
+    progress: bool = True,
+    jobs: int = 1,
+    dask: str | None = None,
+    cost: Callable[[dict], float] | None = None,
 ) -> list[dict]:
     """Run `function(config)` for every config without a record in `folder`; all records, in the order of the configs.
 
-    The function returns at least tokens, flops and loss (nats per token). Killed and started again, no finished run is
-    lost or repeated. Raises ValueError before any run for a config that is not JSON, has no integer seed or stands
-    twice, and for a damaged record.
+    The function returns at least tokens, flops and loss (nats per token). The runs are done here, or by `jobs`
+    processes, or by the workers of the Dask cluster at the address `dask`; all records are written here, so workers need
+    no common disk. A run whose worker dies is done again. Killed and started again, no finished run is lost or
+    repeated. `cost` weighs the runs in the progress bar and its time left.
+
+    Raises ValueError before any run for a config that is not JSON, has no integer seed or stands twice, for a damaged
+    record and for a cluster that does not answer, and RuntimeError while another call works on the folder. When a run
+    fails, the others are still done; then its error is raised.
     """
-    configs = list(configs)
+    configs, folder = list(configs), Path(folder)
     keys = [run_key(config) for config in configs]
     for config, key in zip(configs, keys, strict=True):
         if not isinstance(config, dict) or type(config.get("seed")) is not int:
             raise ValueError(f"every config needs an integer 'seed', so that its run can be repeated: {config}")
         if keys.count(key) > 1:
             raise ValueError(f"the config stands twice; give repetitions different seeds: {config}")
-    done = {record["key"]: record for record in read_records(folder)}
-    todo = [config for config, key in zip(configs, keys, strict=True) if key not in done]
-    with tqdm(total=len(keys), initial=len(keys) - len(todo), disable=not progress, unit="run") as bar:
-        for config in todo:
-            record = run_one(config, function, folder)
-            done[record["key"]] = record
-            bar.update()
+    weights = {key: cost(config) if cost else 1 for key, config in zip(keys, configs, strict=True)}
+    with _alone(folder), _executor(jobs, dask) as execute:
+        done = {record["key"]: record for record in read_records(folder)}
+        todo = {key: config for key, config in zip(keys, configs, strict=True) if key not in done}
+        total, ready = sum(weights.values()), sum(weights[key] for key in keys if key in done)
+        units = {"unit": "", "unit_scale": True} if cost else {"unit": "run"}
+        with tqdm(total=total, initial=ready, disable=not progress, smoothing=0.1, **units) as bar:
+            for record in _finish(todo, function, folder, execute):
+                done[record["key"]] = record
+                bar.set_postfix_str(f"{len(keys) - len(todo)} of {len(keys)} runs", refresh=False)
+                bar.update(weights[record["key"]])
     return [done[key] for key in keys]
 
 
 def run_one(config: dict, function: Callable[[dict], dict], folder: str | Path) -> dict:
     """Do one run, write its record and return it. Raises ValueError when the function's result cannot be a record."""
-    key = run_key(config)
+    return _write(_measure(config, function), Path(folder))
+
+
+def _measure(config: dict, function: Callable[[dict], dict]) -> dict:
+    """Do one run: its record, without the commit. It may be done far from where the record is written."""
     started = time.perf_counter()
     result = function(json.loads(json.dumps(config)))  # a copy: the function may change it
     seconds = time.perf_counter() - started
@@ -93,22 +116,97 @@ def run_one(config: dict, function: Callable[[dict], dict], folder: str | Path) 
         )
     if not math.isfinite(result["loss"]):
         raise ValueError(f"the loss is {result['loss']} for {config}; change the config or leave it out")
-    added = {
-        "key": key,
-        "config": config,
-        "seed": config["seed"],
-        "seconds": seconds,
-        "versions": describe(),
-        "commit": _commit(),
-    }
+    added = {"key": run_key(config), "config": config, "seed": config["seed"], "seconds": seconds, "versions": describe()}
     try:
-        record = json.loads(json.dumps({**result, **added}, allow_nan=False))
+        return json.loads(json.dumps({**result, **added}, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"the result for {config} is not JSON ({error}); turn tensors into numbers with .item()"
         ) from error
-    write_json(Path(folder) / "records" / f"{key}.json", record)
+
+
+def _attempt(config: dict, function: Callable[[dict], dict]) -> dict | Exception:
+    try:
+        return _measure(config, function)
+    except Exception as error:
+        error.add_note(f"in the run of {config}")
+        return error
+
+
+def _write(record: dict, folder: Path) -> dict:
+    record = {**record, "commit": _commit()}
+    write_json(folder / "records" / f"{record['key']}.json", record)
     return record
+
+
+def _finish(todo: dict[str, dict], function: Callable, folder: Path, execute: Callable) -> Iterator[dict]:
+    """The records of the runs in `todo` (key: config) as they are finished and written; what is done leaves `todo`."""
+    errors, deaths = [], 0  # deaths of workers since a run was last finished
+    while todo:
+        results = execute((key, _attempt, config, function) for key, config in list(todo.items()))
+        try:
+            for key, result in results:
+                del todo[key]
+                deaths = 0
+                if isinstance(result, Exception):
+                    errors.append(result)
+                else:
+                    yield _write(result, folder)
+        except BrokenExecutor as error:
+            deaths += 1
+            if deaths == 3:
+                raise RuntimeError(
+                    f"worker processes died three times over while none of the {len(todo)} runs left was finished: is "
+                    f"there memory for them? Try fewer jobs. The first of them: {next(iter(todo.values()))}"
+                ) from error
+    if errors:
+        errors[0].add_note(f"{len(errors)} of the runs failed; the records of the others are in {folder}")
+        raise errors[0]
+
+
+def _call(key: str, function: Callable, *arguments) -> tuple[str, object]:
+    return key, function(*arguments)
+
+
+@contextlib.contextmanager
+def _executor(jobs: int, dask: str | None) -> Iterator[Callable]:
+    """A function from tasks (key, function, *arguments) to pairs (key, result) in the order of their ends."""
+    if type(jobs) is not int or jobs < 1:
+        raise ValueError(f"jobs must be a positive integer, got {jobs!r}")
+    if dask is None and jobs == 1:
+        yield lambda tasks: itertools.starmap(_call, tasks)
+        return
+    from joblib import Parallel, delayed, parallel_config
+
+    def execute(tasks):
+        return Parallel(n_jobs=jobs, return_as="generator_unordered")(delayed(_call)(*task) for task in tasks)
+
+    if dask is None:
+        with parallel_config(backend="loky", inner_max_num_threads=1):
+            yield execute
+        return
+    from distributed import Client
+
+    try:
+        client = Client(dask, timeout=10)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no Dask scheduler answers at {dask} ({error}); start one with `dask scheduler`") from error
+    jobs = -1  # as many as the cluster has
+    with client, parallel_config(backend="dask"):
+        yield execute
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from doing the same runs. The lock ends with the process, however that ends."""
+    (folder / "records").mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "records" / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise RuntimeError(
+            f"another process is doing runs in {folder}: wait for its end, or name another folder"
+        ) from None
 
 
 @functools.cache  # the code in memory is that of the start, even if a commit is made during a long experiment

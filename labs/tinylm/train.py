@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from tinylm.data import fixed_windows, random_windows
 from tinylm.files import replacing
-from tinylm.model import TinyLlama
+from tinylm.model import Config, TinyLlama
 
 
 class Stream(Protocol):
@@ -74,11 +74,12 @@ class TrainConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
 
-    def total_steps(self, model: TinyLlama) -> int:
+    def total_steps(self, model: TinyLlama | Config) -> int:
         """The budget in optimizer steps, at least one."""
+        shape = model if isinstance(model, Config) else model.config
         per_step = self.batch_size * self.seq_len
         if self.flops is not None:
-            steps = self.flops / (self.batch_size * model.config.train_flops(self.seq_len))
+            steps = self.flops / (self.batch_size * shape.train_flops(self.seq_len))
         else:
             steps = self.steps if self.steps is not None else self.tokens / per_step
         return max(1, round(steps * budget_fraction()))
