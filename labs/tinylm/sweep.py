@@ -250,6 +250,8 @@ def one_run(run: dict) -> dict:
 
 
 def main() -> None:
+    from tinylm.sweep import one_run  # workers import it by this name; as __main__'s it would be sent to them whole
+
     parser = argparse.ArgumentParser(
         prog="python -m tinylm.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
