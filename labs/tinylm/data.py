@@ -165,13 +165,20 @@ class SyntheticLanguage:
 
     P(x | c) is proportional to exp(sum_j scales[j-1] * G_j[last j symbols of c, x]) with a Gaussian table G_j of
     V^j x V entries: each longer context corrects the shorter one a little, by a table V times as large, so that a
-    larger model keeps finding more to learn. The stationary distribution over the V^k contexts comes from power
-    iteration in float64.
+    larger model keeps finding more to learn. With a `spectrum` g the singular values of each table fall as r^-g (r = 1,
+    2, ...) instead of being all alike: then width is what a model needs, since the logits of a model of c channels have
+    rank c. The stationary distribution over the V^k contexts comes from power iteration in float64.
 
     Attributes: `entropy_rate` (nats per token), `block_entropies[j]` (nats per token given the last j symbols).
     """
 
-    def __init__(self, seed: int = 0, vocab_size: int = 16, scales: tuple[float, ...] = (1.0, 0.8, 0.65, 0.5)):
+    def __init__(
+        self,
+        seed: int = 0,
+        vocab_size: int = 16,
+        scales: tuple[float, ...] = (1.0, 0.8, 0.65, 0.5),
+        spectrum: float | None = None,
+    ):
         k = len(scales)
         if vocab_size < 2 or k < 1:
             raise ValueError(f"need at least 2 symbols and one scale, got vocab_size={vocab_size}, scales={scales}")
@@ -181,7 +188,11 @@ class SyntheticLanguage:
         rng = np.random.default_rng(seed)
         logits = np.zeros((vocab_size,) * (k + 1))
         for j, scale in enumerate(scales, start=1):  # the last axis is x, the one before it the latest symbol
-            logits += scale * rng.standard_normal((vocab_size,) * (j + 1))  # broadcast over older symbols
+            table = rng.standard_normal((vocab_size,) * (j + 1))
+            if spectrum is not None:
+                sigma = np.arange(1, vocab_size + 1) ** -float(spectrum)
+                table = (table * (sigma / np.linalg.norm(sigma))) @ rng.standard_normal((vocab_size, vocab_size))
+            logits += scale * table  # broadcast over older symbols
         p = np.exp(logits - logits.max(-1, keepdims=True))
         self.transition = p / p.sum(-1, keepdims=True)  # (V, ..., V, x), oldest symbol first
         self.stationary = self._power_iteration()

@@ -12,10 +12,15 @@ import hashlib
 import itertools
 import json
 import math
+import os
+import pickle
 import subprocess
+import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor
+from concurrent.futures import BrokenExecutor, CancelledError
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -26,6 +31,7 @@ from tinylm.files import write_json
 
 MEASURED = ("tokens", "flops", "loss")  # what the function of a run returns at least
 ADDED = ("key", "config", "seed", "seconds", "versions", "commit")  # what the runner adds
+TRIES = 3  # of a run whose worker dies
 
 
 def run_key(config: dict) -> str:
@@ -71,14 +77,15 @@ def run_all(
     """Run `function(config)` for every config without a record in `folder`; all records, in the order of the configs.
 
     The function returns at least tokens, flops and loss (nats per token). The runs are done here, or by `jobs`
-    processes, or by the workers of the Dask cluster at the address `dask`; all records are written here, so workers need
-    no common disk. A run whose worker dies is done again. Killed and started again, no finished run is lost or
-    repeated. `cost` weighs the runs in the progress bar and its time left.
+    processes, or by the workers of the Dask cluster at the address `dask`, which need the same tinylm; all records are
+    written here, so workers need no common disk. A run whose worker dies is done again, three times at most. Killed and
+    started again, no finished run is lost or repeated. `cost` weighs the runs in the progress bar and its time left.
 
     Raises ValueError before any run for a config that is not JSON, has no integer seed or stands twice, for a damaged
     record and for a cluster that does not answer, and RuntimeError while another call works on the folder. When a run
-    fails, the others are still done; then its error is raised.
+    fails, the others are still done; then its error is raised, a RuntimeError for one that keeps killing its worker.
     """
+    _commit()  # of the code as it is now
     configs, folder = list(configs), Path(folder)
     keys = [run_key(config) for config in configs]
     for config, key in zip(configs, keys, strict=True):
@@ -93,7 +100,7 @@ def run_all(
         total, ready = sum(weights.values()), sum(weights[key] for key in keys if key in done)
         units = {"unit": "", "unit_scale": True} if cost else {"unit": "run"}
         with tqdm(total=total, initial=ready, disable=not progress, smoothing=0.1, **units) as bar:
-            for record in _finish(todo, function, folder, execute):
+            for record in _finish(todo, function, folder, execute, None if dask else jobs):
                 done[record["key"]] = record
                 bar.set_postfix_str(f"{len(keys) - len(todo)} of {len(keys)} runs", refresh=False)
                 bar.update(weights[record["key"]])
@@ -116,7 +123,13 @@ def _measure(config: dict, function: Callable[[dict], dict]) -> dict:
         )
     if not math.isfinite(result["loss"]):
         raise ValueError(f"the loss is {result['loss']} for {config}; change the config or leave it out")
-    added = {"key": run_key(config), "config": config, "seed": config["seed"], "seconds": seconds, "versions": describe()}
+    added = {
+        "key": run_key(config),
+        "config": config,
+        "seed": config["seed"],
+        "seconds": seconds,
+        "versions": describe(),
+    }
     try:
         return json.loads(json.dumps({**result, **added}, allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -130,7 +143,11 @@ def _attempt(config: dict, function: Callable[[dict], dict]) -> dict | Exception
         return _measure(config, function)
     except Exception as error:
         error.add_note(f"in the run of {config}")
-        return error
+        try:
+            pickle.loads(pickle.dumps(error))
+            return error
+        except Exception:  # one that cannot travel would look like a dead worker
+            return RuntimeError(f"{type(error).__name__}: {error}, in the run of {config}")
 
 
 def _write(record: dict, folder: Path) -> dict:
@@ -139,28 +156,36 @@ def _write(record: dict, folder: Path) -> dict:
     return record
 
 
-def _finish(todo: dict[str, dict], function: Callable, folder: Path, execute: Callable) -> Iterator[dict]:
-    """The records of the runs in `todo` (key: config) as they are finished and written; what is done leaves `todo`."""
-    errors, deaths = [], 0  # deaths of workers since a run was last finished
-    while todo:
-        results = execute((key, _attempt, config, function) for key, config in list(todo.items()))
+def _finish(
+    todo: dict[str, dict], function: Callable, folder: Path, execute: Callable, at_once: int | None
+) -> Iterator[dict]:
+    """The records of the runs in `todo` (key: config) as they are finished and written; what is done leaves `todo`.
+
+    Runs that were at work when a worker died are done again one by one: that shows which of them kills it, or needs all
+    the memory for itself.
+    """
+    errors, deaths, given_up = [], Counter(), 0  # deaths of workers in each run; runs given up since one was finished
+    while todo and given_up < 3:
+        batch = [key for key in todo if deaths[key]][:1] or list(todo)
         try:
-            for key, result in results:
+            for key, result in execute([(key, _attempt, todo[key], function) for key in batch]):
                 del todo[key]
-                deaths = 0
+                given_up = 0
                 if isinstance(result, Exception):
                     errors.append(result)
                 else:
                     yield _write(result, folder)
-        except BrokenExecutor as error:
-            deaths += 1
-            if deaths == 3:
-                raise RuntimeError(
-                    f"worker processes died three times over while none of the {len(todo)} runs left was finished: is "
-                    f"there memory for them? Try fewer jobs. The first of them: {next(iter(todo.values()))}"
-                ) from error
+        except BrokenExecutor:
+            at_work = [key for key in batch if key in todo][:at_once]
+            deaths.update(at_work)
+            for key in at_work:
+                if deaths[key] == TRIES:
+                    sentence = f"a worker died each of the {TRIES} times it did the run of {todo.pop(key)}"
+                    errors.append(RuntimeError(f"{sentence}: is there memory for it?"))
+                    given_up += 1
     if errors:
-        errors[0].add_note(f"{len(errors)} of the runs failed; the records of the others are in {folder}")
+        undone = f", {len(todo)} were not begun" if todo else ""
+        errors[0].add_note(f"{len(errors)} runs failed{undone}; the records of the others are in {folder}")
         raise errors[0]
 
 
@@ -168,31 +193,83 @@ def _call(key: str, function: Callable, *arguments) -> tuple[str, object]:
     return key, function(*arguments)
 
 
+def _call_from(parent: int, *task) -> tuple[str, object]:
+    _end_with(parent)
+    return _call(*task)
+
+
+@functools.cache
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone: what it does would be for nobody, beside a sweep started again."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    if os.getppid() == parent:
+        threading.Thread(target=watch, daemon=True).start()
+
+
 @contextlib.contextmanager
 def _executor(jobs: int, dask: str | None) -> Iterator[Callable]:
-    """A function from tasks (key, function, *arguments) to pairs (key, result) in the order of their ends."""
+    """A function from tasks (key, function, *arguments) to pairs (key, result) in the order of their ends.
+
+    It raises BrokenExecutor when workers died; the tasks without a result are then to be given to it again.
+    """
     if type(jobs) is not int or jobs < 1:
         raise ValueError(f"jobs must be a positive integer, got {jobs!r}")
-    if dask is None and jobs == 1:
+    if dask is not None:
+        with _dask(dask) as execute:
+            yield execute
+    elif jobs == 1:
         yield lambda tasks: itertools.starmap(_call, tasks)
-        return
-    from joblib import Parallel, delayed, parallel_config
+    else:
+        from joblib import Parallel, delayed, parallel_config
 
-    def execute(tasks):
-        return Parallel(n_jobs=jobs, return_as="generator_unordered")(delayed(_call)(*task) for task in tasks)
+        def execute(tasks):
+            # Each task by itself: in a batch, a finished run would wait for others. None in a queue: see `_end_with`.
+            pool = Parallel(jobs, return_as="generator_unordered", batch_size=1, pre_dispatch=jobs)
+            return pool(delayed(_call_from)(os.getpid(), *task) for task in tasks)
 
-    if dask is None:
         with parallel_config(backend="loky", inner_max_num_threads=1):
             yield execute
-        return
-    from distributed import Client
 
+
+@contextlib.contextmanager
+def _dask(address: str) -> Iterator[Callable]:
+    # Not joblib's Dask backend: it waits for ever for a run whose workers keep dying, and does the runs in this process
+    # when the cluster has one thread.
     try:
-        client = Client(dask, timeout=10)
+        from distributed import Client, KilledWorker, as_completed
+    except ImportError:
+        raise ValueError("a Dask cluster needs the package distributed: python -m pip install distributed") from None
+    try:
+        client = Client(address)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no Dask scheduler answers at {dask} ({error}); start one with `dask scheduler`") from error
-    jobs = -1  # as many as the cluster has
-    with client, parallel_config(backend="dask"):
+        raise ValueError(
+            f"no Dask scheduler answers at {address!r}: {error}; start one with `dask scheduler`"
+        ) from error
+
+    def execute(tasks):
+        killed = None
+        for future in as_completed([client.submit(_call, *task, pure=False) for task in tasks]):
+            try:
+                yield future.result()
+            except KilledWorker as error:  # Dask has tried it on four workers
+                killed = error
+            except CancelledError as error:
+                raise RuntimeError(f"the Dask scheduler at {address} is gone; start again to go on") from error
+            except Exception as error:  # not the run's own, which is a result
+                raise RuntimeError(
+                    f"a worker cannot do runs: {error!r}; it needs the packages that are here"
+                ) from error
+        if killed:
+            raise BrokenExecutor(str(killed)) from killed
+
+    with client:
+        if not client.ncores():
+            print(f"no worker there yet; start one with `dask worker {address}`", file=sys.stderr)
         yield execute
 
 

@@ -9,16 +9,19 @@ Each finished run is a record in FOLDER/records. Interrupted, the sweep goes on 
       - {shape: small, flops: [4.5e10, 1.4e11], batch_size: 4, seed: [0, 1, 2]}
       - {dim: [32, 64], n_layers: 2, n_heads: 2, tokens: 1_000_000, seed: 0}
 
-A run has the keys of a model (`tinylm.model.Config`, without vocab_size and max_len), of its training
-(`tinylm.train.TrainConfig`), and
+A run needs corpus, seq_len, seed, a model, and exactly one budget of steps, tokens, flops and epochs. It may have the
+keys of a model (`tinylm.model.Config`, without vocab_size and max_len), of its training (`tinylm.train.TrainConfig`), and
 
+    shape              instead of a model: its name among the shapes
     corpus             shakespeare or synthetic
-    language           of synthetic: {seed, vocab_size, scales}, see `tinylm.data.SyntheticLanguage`
+    language           of synthetic: {seed, vocab_size, scales, spectrum}, see `tinylm.data.SyntheticLanguage`
     characters         of shakespeare: only so many training characters, in pieces of 1,000 from all plays
     epochs             a budget: so many times all of these
     lr_rule            instead of lr: the learning rate is lr_rule * sqrt(batch_size) / dim
     target_steps       instead of batch_size: the power of two that comes nearest to so many steps,
     batch_tokens       and has between batch_tokens[0] and batch_tokens[1] tokens
+
+In a grid, null takes a default away.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
+import re
 import threading
 from pathlib import Path
 
@@ -39,14 +42,16 @@ from torch import Tensor
 from tinylm import data
 from tinylm.model import Config, TinyLlama
 from tinylm.runs import run_all, run_key
-from tinylm.train import Stream, TrainConfig, train, window_losses
+from tinylm.train import Stream, TrainConfig, budget_fraction, train, window_losses
 
 MODEL_KEYS = {f.name for f in dataclasses.fields(Config)} - {"vocab_size", "max_len"}
-TRAIN_KEYS = {f.name for f in dataclasses.fields(TrainConfig)}
+TRAIN_KEYS = {f.name for f in dataclasses.fields(TrainConfig)} - {"eval_every"}  # judged at the end only
 BUDGETS = ("steps", "tokens", "flops", "epochs")
 RUN_KEYS = MODEL_KEYS | TRAIN_KEYS | {"corpus", "language", "characters", "epochs"}
 RULES = {"shape", "lr_rule", "target_steps", "batch_tokens"}  # what `expand` turns into keys of a run
 WHOLE = {"batch_tokens", "betas"}  # lists that are one value and no axis
+WHOLE_NUMBERS = MODEL_KEYS - {"rope_theta", "norm_eps"} | {"seq_len", "batch_size", "seed", "steps", "characters"}
+OR_ZERO = {"seed", "warmup", "final_lr", "weight_decay"}
 SCORED = 512  # windows that every model is judged on
 _seeding = threading.Lock()  # threads of one process share PyTorch's generator
 
@@ -54,26 +59,35 @@ _seeding = threading.Lock()  # threads of one process share PyTorch's generator
 def read_config(path: str | Path) -> list[dict]:
     """The runs of a sweep's file, each a config for `one_run`.
 
-    Raises ValueError, naming the run, for an unknown key, an impossible model, no budget or two, or a run that stands
-    twice.
+    Raises ValueError, naming the run, for an unknown key, a value that cannot be, an impossible model, no budget or two,
+    or a run that stands twice.
     """
     try:
         file = _numbers(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(file, dict) or not isinstance(file.get("grids"), list) or not file["grids"]:
         raise ValueError(f"{path} needs a list `grids` with at least one grid; see `python -m tinylm.sweep --help`")
     if unknown := file.keys() - {"defaults", "shapes", "grids"}:
-        raise ValueError(f"{path} has unknown keys {sorted(unknown)}; it may have defaults, shapes and grids")
-    shapes, runs = file.get("shapes") or {}, []
+        raise ValueError(f"{path} has unknown keys {_listed(unknown)}; it may have defaults, shapes and grids")
+    defaults, shapes, runs = file.get("defaults") or {}, file.get("shapes") or {}, []
+    for name, value in [("defaults", defaults), ("shapes", shapes), *(("a grid", grid) for grid in file["grids"])]:
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} in {path} must be of the form {{key: value, ...}}, got {value!r}")
     for grid in file["grids"]:
-        grid = {**(file.get("defaults") or {}), **grid}
+        grid = {**defaults, **grid}
         axes = [v if isinstance(v, list) and k not in WHOLE else [v] for k, v in grid.items()]
+        if not all(axes):
+            raise ValueError(f"an empty list leaves no runs in the grid {grid}")
         runs += [expand(dict(zip(grid, values, strict=True)), shapes) for values in itertools.product(*axes)]
     keys = [run_key(run) for run in runs]
     if twice := [run for run, key in zip(runs, keys, strict=True) if keys.count(key) > 1]:
         raise ValueError(f"this run stands twice in {path}: {twice[0]}")
     return runs
+
+
+def _listed(names) -> str:
+    return ", ".join(sorted(map(str, names)))
 
 
 def _numbers(value):
@@ -82,34 +96,25 @@ def _numbers(value):
         return {k: _numbers(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_numbers(v) for v in value]
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value)
+    return float(value) if is_number else value
 
 
 def expand(run: dict, shapes: dict[str, dict] | None = None) -> dict:
     """One run's config, its rules replaced by what they give. Raises ValueError for one that cannot be run."""
-    if unknown := run.keys() - RUN_KEYS - RULES:
-        raise ValueError(f"unknown keys {sorted(unknown)} in {run}; a run may have {sorted(RUN_KEYS | RULES)}")
     run = {k: v for k, v in run.items() if v is not None}
     if (shape := run.pop("shape", None)) is not None:
-        if shape not in (shapes or {}):
-            raise ValueError(f"there is no shape {shape!r}, only {sorted(shapes or {})}")
-        run = {**run, **shapes[shape]}
-        if unknown := shapes[shape].keys() - MODEL_KEYS:
-            raise ValueError(f"shape {shape!r} has unknown keys {sorted(unknown)}; it may have {sorted(MODEL_KEYS)}")
-    if missing := {"corpus", "seed", "seq_len"} - run.keys():
-        raise ValueError(f"{sorted(missing)} missing in {run}")
-    _budget(run)
+        run = {**run, **_shape(run, shape, shapes or {})}
+    _refuse_bad_values(run)
     model = _model_config(run)
-    target, (low, high) = run.pop("target_steps", None), run.pop("batch_tokens", (1, math.inf))
+    _refuse_bad_budget(run)
+    target, bounds = run.pop("target_steps", None), run.pop("batch_tokens", None)
     if target is not None:
         if "batch_size" in run or "steps" in run:
             raise ValueError(f"target_steps chooses the batch size; leave out batch_size and steps in {run}")
-        tokens = _tokens(run, model)
-        wanted = min(max(tokens / target, low), high) / run["seq_len"]
-        run["batch_size"] = 2 ** round(math.log2(max(1, wanted)))
+        run["batch_size"] = _batch_size(run, _tokens(run, model) / target, bounds or [1, 2**40])
+    elif bounds is not None:
+        raise ValueError(f"batch_tokens bounds what target_steps chooses, and that is missing in {run}")
     if (rule := run.pop("lr_rule", None)) is not None:
         if "lr" in run or "batch_size" not in run:
             raise ValueError(f"lr_rule gives lr from the batch size; leave out lr and say batch_size in {run}")
@@ -118,22 +123,76 @@ def expand(run: dict, shapes: dict[str, dict] | None = None) -> dict:
     return run
 
 
-def _budget(run: dict) -> None:
+def _shape(run: dict, name: str, shapes: dict[str, dict]) -> dict:
+    if not isinstance(name, str) or name not in shapes:
+        raise ValueError(f"there is no shape {name!r}, only {_listed(shapes)}; wanted in {run}")
+    shape = shapes[name]
+    if not isinstance(shape, dict) or shape.keys() - MODEL_KEYS:
+        raise ValueError(
+            f"the shape {name} must be of the form {{key: value, ...}} with {_listed(MODEL_KEYS)}, got {shape}"
+        )
+    if both := shape.keys() & run.keys():
+        raise ValueError(f"{_listed(both)} must not stand both in the shape {name} and beside it, as in {run}")
+    return shape
+
+
+def _refuse_bad_values(run: dict) -> None:
+    """A value of the wrong kind would be noticed when its run has begun, or never."""
+    if unknown := run.keys() - RUN_KEYS - RULES:
+        raise ValueError(f"unknown keys {_listed(unknown)} in {run}; a run may have {_listed(RUN_KEYS | RULES)}")
+    if missing := {"corpus", "seed", "seq_len"} - run.keys():
+        raise ValueError(f"{_listed(missing)} missing in {run}")
+    for name, value in run.items():
+        least = "zero or more" if name in OR_ZERO else "positive"
+        if name in ("corpus", "language"):
+            continue
+        if name == "tie_embeddings":
+            good, wanted = type(value) is bool, "true or false"
+        elif name in WHOLE:
+            good = isinstance(value, list) and len(value) == 2 and all(map(_is_positive, value))
+            good, wanted = good and (name != "betas" or max(value) < 1), "a list of two positive numbers, betas below 1"
+        elif name in WHOLE_NUMBERS:
+            good, wanted = type(value) is int and _is_positive(value + (name in OR_ZERO)), f"an integer, {least}"
+        else:
+            good = _is_positive(value) or name in OR_ZERO and value == 0 and type(value) is not bool
+            wanted = f"a number, {least}"
+        if not good:
+            raise ValueError(f"{name} must be {wanted}, got {value!r} in {run}")
+    if run["seed"] >= 2**26:  # see `corpus_of`
+        raise ValueError(f"seed must be below {2**26}, got {run['seed']} in {run}")
+
+
+def _is_positive(value) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _batch_size(run: dict, tokens: float, bounds: list) -> int:
+    """The power of two nearest to `tokens` a step, in windows, among those with bounds[0] to bounds[1] tokens."""
+    low, high = (math.log2(bound / run["seq_len"]) for bound in bounds)
+    low, high = max(0, math.ceil(low)), math.floor(high)
+    if low > high:
+        raise ValueError(f"no power of two times seq_len lies between the batch_tokens {bounds} of {run}")
+    return 2 ** min(max(round(math.log2(tokens / run["seq_len"])), low), high)
+
+
+def _refuse_bad_budget(run: dict) -> None:
     given = [name for name in BUDGETS if name in run]
     if len(given) != 1:
         raise ValueError(f"a run needs exactly one budget of {', '.join(BUDGETS)}, got {given or 'none'} in {run}")
     if "epochs" in run and "characters" not in run:
         raise ValueError(f"epochs need characters, the text that is repeated, in {run}")
-    if "characters" in run and (type(run["characters"]) is not int or run["characters"] <= run["seq_len"]):
-        raise ValueError(f"characters must be an integer above seq_len in {run}")
+    if run["corpus"] == "shakespeare":
+        there = len(data.shakespeare().train_tokens)
+        if not run["seq_len"] < run.get("characters", there) <= there:
+            raise ValueError(f"characters must be above seq_len and at most the {there} that there are, in {run}")
 
 
 def _model_config(run: dict) -> Config:
     if run["corpus"] not in ("shakespeare", "synthetic"):
-        raise ValueError(f"corpus must be shakespeare or synthetic, got {run['corpus']!r}")
+        raise ValueError(f"corpus must be shakespeare or synthetic, got {run['corpus']!r} in {run}")
     if run["corpus"] == "shakespeare" and "language" in run or run["corpus"] == "synthetic" and "characters" in run:
         raise ValueError(f"language goes with corpus synthetic, characters with shakespeare: {run}")
-    vocab = data.VOCAB_SIZE if run["corpus"] == "shakespeare" else run.get("language", {}).get("vocab_size", 16)
+    vocab = data.VOCAB_SIZE if run["corpus"] == "shakespeare" else language_of(run).vocab_size
     try:
         return Config(vocab, max_len=run["seq_len"], **{k: v for k, v in run.items() if k in MODEL_KEYS})
     except (TypeError, ValueError) as error:
@@ -180,28 +239,32 @@ class _InBulk:
         return self.drawn[1][i]
 
 
-@functools.cache
-def _language(seed: int = 0, vocab_size: int = 16, scales: tuple[float, ...] = (1.0, 0.8, 0.65, 0.5)):
-    return data.SyntheticLanguage(seed, vocab_size, scales)
+_language = functools.cache(data.SyntheticLanguage)
 
 
 def language_of(run: dict) -> data.SyntheticLanguage:
-    """The language of a run on the corpus synthetic."""
-    settings = dict(run.get("language", {}))
-    if "scales" in settings:
-        settings["scales"] = tuple(settings["scales"])
-    return _language(**settings)
+    """The language of a run on the corpus synthetic. Raises ValueError where there can be none."""
+    try:
+        settings = dict(run.get("language", {}))
+        if "scales" in settings:
+            settings["scales"] = tuple(settings["scales"])
+        return _language(**settings)
+    except (TypeError, ValueError, MemoryError) as error:
+        raise ValueError(f"no language of seed, vocab_size and scales can be made in {run}: {error}") from error
 
 
 def spread(tokens: Tensor, characters: int | None, piece: int = 1000) -> Tensor:
-    """So many tokens, in pieces spread evenly over all of them. Raises ValueError when there are not so many."""
+    """So many tokens, in pieces spread evenly over all of them. Raises ValueError when there are not so many.
+
+    All pieces are equally long, so a few tokens are left out where `characters` is not a multiple of `piece`.
+    """
     if characters is None:
         return tokens
     pieces = max(1, round(characters / piece))
     size = characters // pieces
-    if pieces * size > len(tokens):
+    if characters > len(tokens):
         raise ValueError(f"characters={characters} is more than the {len(tokens)} there are")
-    starts = torch.linspace(0, len(tokens) - size, pieces, dtype=torch.float64).long()
+    starts = torch.arange(pieces) * (len(tokens) - size) // max(1, pieces - 1)
     return tokens[(starts[:, None] + torch.arange(size)).flatten()]
 
 
@@ -213,7 +276,7 @@ def corpus_of(run: dict) -> tuple[Tensor | Stream, Tensor]:
         return _InBulk(language), language.batch(SCORED, seq_len, seed=2**40)  # a seed that no training step has
     corpus = data.shakespeare()
     windows = data.fixed_windows(corpus.val_tokens, seq_len)
-    return spread(corpus.train_tokens, run.get("characters")), windows[:: len(windows) // SCORED][:SCORED]
+    return spread(corpus.train_tokens, run.get("characters")), windows[:: max(1, len(windows) // SCORED)][:SCORED]
 
 
 def curve(losses: list[float], tokens_per_step: int, points: int = 24) -> list[list[float]]:
@@ -250,25 +313,36 @@ def one_run(run: dict) -> dict:
 
 
 def main() -> None:
+    from joblib import cpu_count  # of those that this process may use
+
     from tinylm.sweep import one_run  # workers import it by this name; as __main__'s it would be sent to them whole
 
     parser = argparse.ArgumentParser(
-        prog="python -m tinylm.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tinylm.sweep",
+        description=__doc__,
+        epilog=f"keys of a model: {_listed(MODEL_KEYS)}\nkeys of its training: {_listed(TRAIN_KEYS)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", type=Path, help="the sweep's file; records go to the folder records beside it")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes on this machine")
-    parser.add_argument("--dask", metavar="ADDRESS", help="a Dask scheduler, such as tcp://host:8786, instead")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--jobs", type=int, help=f"processes on this machine; all {cpu_count()} processors by default")
+    where.add_argument("--dask", metavar="ADDRESS", help="a Dask scheduler, such as tcp://host:8786, instead")
     parser.add_argument("--dry-run", action="store_true", help="only check the file and count")
     arguments = parser.parse_args()
+    jobs = cpu_count() if arguments.jobs is None else arguments.jobs
     try:
         runs = read_config(arguments.config)
         total = sum(map(planned_flops, runs))
-        print(f"{len(runs)} runs, {total:.3g} floating-point operations")
+        print(f"{len(runs)} runs, {total:.3g} floating-point operations", flush=True)
+        if budget_fraction() < 1:
+            raise ValueError("records are of whole budgets: unset the environment variable TINYLM_BUDGET")
         if not arguments.dry_run:
             runs.sort(key=planned_flops)  # the small ones first: something to look at soon
-            run_all(runs, one_run, arguments.config.parent, True, arguments.jobs, arguments.dask, planned_flops)
-    except (ValueError, RuntimeError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+            run_all(runs, one_run, arguments.config.parent, True, jobs, arguments.dask, planned_flops)
+    except (ValueError, RuntimeError, ArithmeticError, ImportError) as error:
+        parser.exit(1, "\n".join([f"{parser.prog}: {error}", *getattr(error, "__notes__", []), ""]))
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: stopped; the same command goes on from the records\n")
 
 
 if __name__ == "__main__":
