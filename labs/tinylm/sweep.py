@@ -17,6 +17,7 @@ keys of a model (`tinylm.model.Config`, without vocab_size and max_len), of its 
     language           of synthetic: {seed, vocab_size, scales, spectrum}, see `tinylm.data.SyntheticLanguage`
     characters         of shakespeare: only so many training characters, in pieces of 1,000 from all plays
     epochs             a budget: so many times all of these
+    table_std          the embedding starts with this standard deviation instead of the model's own
     lr_rule            instead of lr: the learning rate is lr_rule * sqrt(batch_size) / dim
     target_steps       instead of batch_size: the power of two that comes nearest to so many steps,
     batch_tokens       and has between batch_tokens[0] and batch_tokens[1] tokens
@@ -47,7 +48,7 @@ from tinylm.train import Stream, TrainConfig, budget_fraction, train, window_los
 MODEL_KEYS = {f.name for f in dataclasses.fields(Config)} - {"vocab_size", "max_len"}
 TRAIN_KEYS = {f.name for f in dataclasses.fields(TrainConfig)} - {"eval_every"}  # judged at the end only
 BUDGETS = ("steps", "tokens", "flops", "epochs")
-RUN_KEYS = MODEL_KEYS | TRAIN_KEYS | {"corpus", "language", "characters", "epochs"}
+RUN_KEYS = MODEL_KEYS | TRAIN_KEYS | {"corpus", "language", "characters", "epochs", "table_std"}
 RULES = {"shape", "lr_rule", "target_steps", "batch_tokens"}  # what `expand` turns into keys of a run
 WHOLE = {"batch_tokens", "betas"}  # lists that are one value and no axis
 WHOLE_NUMBERS = MODEL_KEYS - {"rope_theta", "norm_eps"} | {"seq_len", "batch_size", "seed", "steps", "characters"}
@@ -296,6 +297,8 @@ def one_run(run: dict) -> dict:
         with _seeding:
             torch.manual_seed(recipe.seed)
             model = TinyLlama(model_config)
+            if "table_std" in run:
+                torch.nn.init.normal_(model.embed.weight, std=run["table_std"])
         history = train(model, tokens, recipe, progress=False)
         losses = window_losses(model, windows)
     finally:
