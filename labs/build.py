@@ -271,8 +271,10 @@ def _is_noise(output: NotebookNode) -> bool:
 
 
 def inputs_hash(source: Path) -> str:
-    """What a built notebook depends on: its source, this file, tinylm with its assets, and the pinned requirements."""
-    package = sorted(p for p in (LABS / "tinylm").rglob("*") if p.is_file() and _counts(p.relative_to(LABS)))
+    """What a built notebook depends on: its source, this file, tinylm with its checkpoints and this lab's experiments,
+    and the pinned requirements."""
+    lab = source.stem[:2]
+    package = sorted(p for p in (LABS / "tinylm").rglob("*") if p.is_file() and _counts(p.relative_to(LABS), lab))
     digest = hashlib.sha256()
     for path in [source, Path(__file__), ROOT / "requirements.txt", *package]:
         digest.update(path.resolve().relative_to(ROOT).as_posix().encode() + b"\0")
@@ -280,8 +282,10 @@ def inputs_hash(source: Path) -> str:
     return digest.hexdigest()
 
 
-def _counts(path: Path) -> bool:
-    return path.suffix != ".pyc" and not any(part.startswith((".", "__pycache__")) for part in path.parts)
+def _counts(path: Path, lab: str) -> bool:
+    if path.suffix == ".pyc" or any(part.startswith((".", "__pycache__")) for part in path.parts):
+        return False
+    return "experiments" not in path.parts or path.parts[path.parts.index("experiments") + 1].startswith(lab)
 
 
 def content_hash(notebook: NotebookNode) -> str:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tinylm.runs import read_records
+from tinylm import data
+from tinylm.runs import read_records, run_key
+from tinylm.sweep import one_run, planned_flops, read_config
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "labs" / "tinylm" / "assets" / "experiments"
 
@@ -63,3 +65,35 @@ def test_a_short_run_against_the_rounding_comes_out_the_same(rounding):
     # Another processor rounds otherwise, and a latent weight near a border may cross it or not; training gains far more.
     assert again["loss"] == pytest.approx(record["loss"], abs=0.01)
     assert record["untrained"] - record["difference"] > 0.05
+
+
+# The sweep of lab 01
+
+SWEEP = EXPERIMENTS / "01_scaling_laws"
+
+
+@pytest.mark.parametrize("corpus", ["shakespeare", "synthetic"])
+def test_a_cheap_run_of_the_sweep_comes_out_the_same(corpus):
+    """The widest model of the smallest budget takes the fewest steps."""
+    runs = read_config(SWEEP / "config.yaml")
+    run = max((r for r in runs if r["corpus"] == corpus and r.get("flops") == 4.5e10), key=lambda r: r["dim"])
+    (record,) = (r for r in read_records(SWEEP) if r["key"] == run_key(run))
+    again = one_run(run)
+    assert (again["tokens"], again["flops"]) == (record["tokens"], record["flops"])
+    assert again["flops"] == planned_flops(run) == pytest.approx(4.5e10, rel=0.01)
+    # Another processor rounds otherwise, and some 300 steps carry that along: first weights moved by 1e-7 of themselves
+    # end 1e-4 apart, moved by 1e-5 they end 0.008 apart; runs of two seeds end up to 0.09 apart.
+    assert again["loss"] == pytest.approx(record["loss"], abs=0.01)
+
+
+def test_every_record_of_the_sweep_is_of_a_run_in_its_file():
+    runs = {run_key(run) for run in read_config(SWEEP / "config.yaml")}
+    records = {record["key"] for record in read_records(SWEEP)}
+    assert not records - runs, f"{len(records - runs)} records of no run in config.yaml: {sorted(records - runs)[:3]}"
+
+
+def test_no_text_is_seen_more_than_four_times_unless_it_is_cut_for_that():
+    there = len(data.shakespeare().train_tokens)
+    records = [r for r in read_records(SWEEP) if r["config"]["corpus"] == "shakespeare"]
+    epochs = {r["key"]: r["tokens"] / there for r in records if "characters" not in r["config"]}
+    assert len(epochs) > 60 and {key: n for key, n in epochs.items() if n > 4} == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tinylm import runs
@@ -145,40 +147,160 @@ def test_commit_and_dirty_flag(tmp_path, monkeypatch):
     runs._commit.cache_clear()
 
 
+# Workers
+
+
+def until(condition, seconds=120):
+    """The first true value of `condition()`, asked again and again."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        time.sleep(0.02)
+    return value
+
+
+def at_work(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def seeds(folder) -> set[int]:
+    return {record["seed"] for record in read_records(folder)}
+
+
+def test_the_run_of_a_worker_that_dies_is_done_again(tmp_path):
+    (log := tmp_path / "log").touch()
+
+    def function(config):
+        again = f"begin {config['seed']}" in log.read_text()
+        with open(log, "a") as file:
+            file.write(f"begin {config['seed']}\n")
+        if config["seed"] == 2 and not again:
+            os._exit(1)
+        return {"tokens": 1, "flops": 1, "loss": 1.0}
+
+    records = run_all([{"seed": s} for s in range(5)], function, tmp_path, progress=False, jobs=2)
+    assert [record["seed"] for record in records] == list(range(5)) and seeds(tmp_path) == set(range(5))
+    assert log.read_text().count("begin 2") == 2
+
+
+def test_a_run_that_always_kills_its_worker_is_named_and_the_others_are_done(tmp_path):
+    def function(config):
+        if config["seed"] == 0:
+            os._exit(1)
+        return {"tokens": 1, "flops": 1, "loss": 1.0}
+
+    with pytest.raises(
+        RuntimeError, match=r"(?s)each of the 3 times it did the run of \{'seed': 0\}.*memory"
+    ) as caught:
+        run_all([{"seed": s} for s in range(4)], function, tmp_path, progress=False, jobs=2)
+    assert caught.value.__notes__ == [f"1 runs failed; the records of the others are in {tmp_path}"]
+    assert seeds(tmp_path) == {1, 2, 3}
+
+
+def test_where_no_worker_lives_it_is_not_tried_with_all_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "TRIES", 1)
+    with pytest.raises(RuntimeError, match="memory") as caught:
+        run_all([{"seed": s} for s in range(9)], lambda config: os._exit(1), tmp_path, progress=False, jobs=2)
+    assert "5 were not begun" in caught.value.__notes__[0] and seeds(tmp_path) == set()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_when_runs_fail_the_others_are_done(tmp_path, jobs):
+    class Odd(Exception):
+        def __init__(self, a, b):  # pickle cannot make one of its message
+            super().__init__(f"odd {a} {b}")
+
+    def function(config):
+        if config["seed"] == 1:
+            raise Odd(1, 2)
+        if config["seed"] == 2:
+            raise ArithmeticError("even")
+        return {"tokens": 1, "flops": 1, "loss": 1.0}
+
+    with pytest.raises((RuntimeError, ArithmeticError)) as caught:
+        run_all([{"seed": s} for s in range(5)], function, tmp_path, progress=False, jobs=jobs)
+    told = "\n".join([str(caught.value), *caught.value.__notes__])
+    assert ("Odd: odd 1 2, in the run of {'seed': 1}" in told) or ("even\nin the run of {'seed': 2}" in told), told
+    assert "2 runs failed; the records of the others" in told
+    assert seeds(tmp_path) == {0, 3, 4}
+
+
+def test_a_record_is_of_the_code_at_the_start(tmp_path, monkeypatch):
+    commits = iter(["at the start", "of a commit made meanwhile"])
+    monkeypatch.setattr(runs, "_commit", functools.cache(lambda: next(commits)))
+
+    def function(config):
+        assert runs._commit.cache_info().currsize == 1, "asked for the commit when the first run was done"
+        return {"tokens": 1, "flops": 1, "loss": 1.0}
+
+    assert go([{"seed": 0}], function, tmp_path)[0]["commit"] == "at the start"
+
+
+@pytest.mark.parametrize(("jobs", "said"), [(0, "jobs"), (-1, "jobs"), (2.0, "jobs"), (True, "jobs")])
+def test_a_number_of_jobs_that_cannot_be_is_refused(tmp_path, jobs, said):
+    with pytest.raises(ValueError, match=said):
+        run_all(CONFIGS, Counting(), tmp_path, progress=False, jobs=jobs)
+
+
+def test_the_bar_weighs_runs_by_their_cost(tmp_path, capsys):
+    configs = [{"seed": s} for s in range(3)]
+    run_all(configs[:1], Counting(), tmp_path, progress=False)
+    run_all(configs, Counting(), tmp_path, cost=lambda config: 10.0 ** config["seed"])
+    (*_, last) = capsys.readouterr().err.strip().split("\r")
+    assert "111/111" in last and "3 of 3 runs" in last and "<" in last
+
+
 SWEEP = """
 import sys, time
+from pathlib import Path
 from tinylm.runs import run_all
 
+folder, jobs = Path(sys.argv[1]), int(sys.argv[2])
+
 def function(config):
-    with open(sys.argv[2], "a") as log:
+    with open(folder / "log", "a") as log:
         log.write(f"begin {config['seed']}\\n")
-    time.sleep(0.1)
-    with open(sys.argv[2], "a") as log:
-        log.write(f"end {config['seed']}\\n")
+    while config["seed"] >= 4 and not (folder / "go").exists():
+        time.sleep(0.02)
     return {"tokens": 1, "flops": 1, "loss": 1.0}
 
-run_all([{"seed": s} for s in range(8)], function, sys.argv[1])
+run_all([{"seed": s} for s in range(8)], function, folder, jobs=jobs)
 """
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
-def test_killed_and_started_again_loses_nothing_and_repeats_nothing(tmp_path):
-    command = [sys.executable, "-c", SWEEP, str(tmp_path), str(log := tmp_path / "log")]
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_killed_and_started_again_it_loses_nothing_and_repeats_nothing(tmp_path, jobs):
+    """And meanwhile a second sweep is refused; both end with the process, however it ends."""
+    command = [sys.executable, "-c", SWEEP, str(tmp_path), str(jobs)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while (
-        process.poll() is None and time.monotonic() < deadline and not (log.exists() and "begin 3" in log.read_text())
-    ):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the sweep ended before it could be killed"
-    finished = {r["seed"] for r in read_records(tmp_path)}
-    assert {0, 1, 2} <= finished < set(range(8))
-    before = log.read_text().splitlines()
+    log = tmp_path / "log"
 
+    def files():
+        return {p.name: p.stat().st_mtime_ns for p in (tmp_path / "records").glob("*.json")}
+
+    with open(tmp_path / "told", "wb") as told:
+        process = subprocess.Popen(command, env=environment, stderr=told)
+    try:
+        # Four runs are finished, and as many as there are workers are at work.
+        until(lambda: process.poll() is not None or len(files()) == 4 and log.read_text().count("begin") == 4 + jobs)
+        assert process.poll() is None, (tmp_path / "told").read_text()
+        before = files()
+        with pytest.raises(RuntimeError, match=r"another process is doing runs in .*: wait for its end"):
+            run_all([{"seed": s} for s in range(8)], Counting(), tmp_path, progress=False)
+        assert files() == before and process.poll() is None
+        workers = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    until(lambda: not any(map(at_work, workers)))  # else its workers go on without it
+    assert files() == before and seeds(tmp_path) == {0, 1, 2, 3}
+
+    log.unlink()
+    (tmp_path / "go").touch()
     subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
-    after = log.read_text().splitlines()[len(before) :]
-    assert {int(line.split()[1]) for line in after} == set(range(8)) - finished
-    assert sum(line.startswith("end") for line in after) == 8 - len(finished)
-    assert {r["seed"] for r in read_records(tmp_path)} == set(range(8))
+    assert sorted(log.read_text().splitlines()) == [f"begin {s}" for s in range(4, 8)]
+    assert seeds(tmp_path) == set(range(8)) and before.items() <= files().items()
