@@ -30,7 +30,7 @@ lab: $(READY)  ## open the labs in JupyterLab
 notebooks: $(READY)  ## execute the labs whose source, tinylm, checkpoints or requirements changed
 	$(PY) labs/build.py
 
-test: $(READY)  ## run all tests, the book build and every lab (about 25 minutes)
+test: $(READY)  ## run all tests, the book build and every lab (about 20 minutes)
 	$(PY) -m pytest
 	$(PY) -m pytest $(NBVAL) labs --ignore=labs/student
 

@@ -214,6 +214,24 @@ def test_transition_is_a_distribution_and_follows_its_definition(tiny):
         np.testing.assert_allclose(tiny.transition[a, b], np.array(weights) / sum(weights), atol=1e-14)
 
 
+def test_a_spectrum_makes_the_table_a_sum_of_rank_one_tables_that_get_smaller():
+    v, scale, g = 24, 1.5, 0.75
+    language = SyntheticLanguage(7, v, (scale,), spectrum=g)
+    rng = np.random.default_rng(7)
+    left, right = rng.standard_normal((v, v)), rng.standard_normal((v, v))
+    size = np.array([r**-g for r in range(1, v + 1)])
+    table = sum(size[r] * np.outer(left[:, r], right[r]) for r in range(v)) / np.sqrt((size**2).sum())
+    weights = np.exp(scale * table)
+    np.testing.assert_allclose(language.transition, weights / weights.sum(-1, keepdims=True), atol=1e-13)
+
+    def share(language):  # of the table's square that a quarter of the rank can hold
+        logits = np.log(language.transition)
+        squares = np.linalg.svd(logits - logits.mean(-1, keepdims=True), compute_uv=False) ** 2
+        return squares[: v // 4].sum() / squares.sum()
+
+    assert share(language) > 0.8 > 0.7 > share(SyntheticLanguage(7, v, (scale,)))
+
+
 def test_nearer_symbols_matter_more():
     language = SyntheticLanguage(seed=0, vocab_size=8, scales=(2.0, 0.1))
     h = language.block_entropies

@@ -97,3 +97,21 @@ def test_no_text_is_seen_more_than_four_times_unless_it_is_cut_for_that():
     records = [r for r in read_records(SWEEP) if r["config"]["corpus"] == "shakespeare"]
     epochs = {r["key"]: r["tokens"] / there for r in records if "characters" not in r["config"]}
     assert len(epochs) > 60 and {key: n for key, n in epochs.items() if n > 4} == {}
+
+
+# The learning rates by width of lab 01
+
+
+@pytest.mark.parametrize("parametrisation", ["standard", "muP"])
+def test_a_short_run_of_the_learning_rates_comes_out_the_same(parametrisation):
+    run = script("01_mup")
+    (config,) = (c for c in run.CHEAP if c["parametrisation"] == parametrisation)
+    (record,) = (r for r in read_records(run.HERE) if r["key"] == run_key(config))
+    again = run.one_run(config)
+    assert (again["tokens"], again["flops"]) == (record["tokens"], record["flops"])
+    assert again["loss"] == pytest.approx(record["loss"], abs=0.01)  # eight steps; another processor rounds otherwise
+
+
+def test_every_learning_rate_by_width_is_recorded_and_no_other():
+    run = script("01_mup")
+    assert {r["key"] for r in read_records(run.HERE)} == {run_key(config) for config in run.CONFIGS}

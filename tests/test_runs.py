@@ -150,15 +150,6 @@ def test_commit_and_dirty_flag(tmp_path, monkeypatch):
 # Workers
 
 
-def until(condition, seconds=120):
-    """The first true value of `condition()`, asked again and again."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
-        time.sleep(0.02)
-    return value
-
-
 def at_work(process: psutil.Process) -> bool:
     try:
         return process.status() != psutil.STATUS_ZOMBIE

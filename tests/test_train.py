@@ -167,19 +167,19 @@ def test_budgets_in_steps_tokens_and_flops_agree():
     model, same = fresh(), {"batch_size": 4, "seq_len": 8}
     flops = 12 * 4 * SHAPE.train_flops(8)
     for budget in ({"steps": 12}, {"tokens": 12 * 32}, {"flops": flops}, {"tokens": 12 * 32 + 15}):
-        assert TrainConfig(**budget, **same).total_steps(model) == 12
-    assert TrainConfig(tokens=1, **same).total_steps(model) == 1
+        assert TrainConfig(**budget, **same).total_steps(model.config) == 12
+    assert TrainConfig(tokens=1, **same).total_steps(model.config) == 1
 
 
 def test_tinylm_budget_cuts_every_budget(monkeypatch):
     monkeypatch.setenv("TINYLM_BUDGET", "0.25")
-    assert RECIPE.total_steps(fresh()) == 3 and go(fresh()).steps == 3
+    assert RECIPE.total_steps(fresh().config) == 3 and go(fresh()).steps == 3
     monkeypatch.setenv("TINYLM_BUDGET", "0.0001")
-    assert RECIPE.total_steps(fresh()) == 1
+    assert RECIPE.total_steps(fresh().config) == 1
     for bad in ("0", "-1", "2", "all", "nan", ""):
         monkeypatch.setenv("TINYLM_BUDGET", bad)
         with pytest.raises(ValueError, match=r"TINYLM_BUDGET must be a number in \(0, 1\]"):
-            RECIPE.total_steps(fresh())
+            RECIPE.total_steps(fresh().config)
 
 
 # Refusals

@@ -165,9 +165,9 @@ class SyntheticLanguage:
 
     P(x | c) is proportional to exp(sum_j scales[j-1] * G_j[last j symbols of c, x]) with a Gaussian table G_j of
     V^j x V entries: each longer context corrects the shorter one a little, by a table V times as large, so that a
-    larger model keeps finding more to learn. With a `spectrum` g the singular values of each table fall as r^-g (r = 1,
-    2, ...) instead of being all alike: then width is what a model needs, since the logits of a model of c channels have
-    rank c. The stationary distribution over the V^k contexts comes from power iteration in float64.
+    larger model keeps finding more to learn. With a `spectrum` g each table is a sum of V random tables of rank one, the
+    r-th of size r^-g: then width is what a model needs, since the logits of a model of c channels have rank c. The
+    stationary distribution over the V^k contexts comes from power iteration in float64.
 
     Attributes: `entropy_rate` (nats per token), `block_entropies[j]` (nats per token given the last j symbols).
     """
@@ -183,7 +183,9 @@ class SyntheticLanguage:
         if vocab_size < 2 or k < 1:
             raise ValueError(f"need at least 2 symbols and one scale, got vocab_size={vocab_size}, scales={scales}")
         if vocab_size**k > 2**22:
-            raise ValueError(f"{vocab_size}^{k} contexts are too many to be exact about; keep vocab_size^order below 4 million")
+            raise ValueError(
+                f"{vocab_size}^{k} contexts are too many to be exact about; keep vocab_size^order below 4 million"
+            )
         self.seed, self.vocab_size, self.order, self.scales = seed, vocab_size, k, tuple(scales)
         rng = np.random.default_rng(seed)
         logits = np.zeros((vocab_size,) * (k + 1))

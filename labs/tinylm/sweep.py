@@ -251,7 +251,9 @@ def language_of(run: dict) -> data.SyntheticLanguage:
             settings["scales"] = tuple(settings["scales"])
         return _language(**settings)
     except (TypeError, ValueError, MemoryError) as error:
-        raise ValueError(f"no language of seed, vocab_size and scales can be made in {run}: {error}") from error
+        raise ValueError(
+            f"no language of seed, vocab_size, scales and spectrum can be made in {run}: {error}"
+        ) from error
 
 
 def spread(tokens: Tensor, characters: int | None, piece: int = 1000) -> Tensor:

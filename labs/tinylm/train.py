@@ -74,12 +74,11 @@ class TrainConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
 
-    def total_steps(self, model: TinyLlama | Config) -> int:
-        """The budget in optimizer steps, at least one."""
-        shape = model if isinstance(model, Config) else model.config
+    def total_steps(self, model: Config) -> int:
+        """The budget in optimizer steps of a model of this shape, at least one."""
         per_step = self.batch_size * self.seq_len
         if self.flops is not None:
-            steps = self.flops / (self.batch_size * shape.train_flops(self.seq_len))
+            steps = self.flops / (self.batch_size * model.train_flops(self.seq_len))
         else:
             steps = self.steps if self.steps is not None else self.tokens / per_step
         return max(1, round(steps * budget_fraction()))
@@ -130,7 +129,9 @@ def window_losses(model: TinyLlama, windows: Tensor, batch_size: int = 32) -> Te
     for w in windows.split(batch_size):
         w = w.to(model.embed.weight.device)
         logits = model(w[:, :-1])
-        losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), w[:, 1:], reduction="none").mean(-1).cpu())
+        losses.append(
+            torch.nn.functional.cross_entropy(logits.transpose(1, 2), w[:, 1:], reduction="none").mean(-1).cpu()
+        )
     return torch.cat(losses)
 
 
@@ -167,7 +168,7 @@ def train(
     checkpoint of another run, and FloatingPointError when the loss or its gradient is not finite.
     """
     _refuse_bad_input(model, data, config, val)
-    total = config.total_steps(model)
+    total = config.total_steps(model.config)
     device = model.embed.weight.device
     optimizer = make_optimizer(model, config)
     history = History()

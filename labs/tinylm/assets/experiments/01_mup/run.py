@@ -109,7 +109,7 @@ def fit(model: TinyLlama, optimizer: torch.optim.Optimizer, tokens: Tensor, reci
 
     Returns the loss of each step. Raises FloatingPointError when one is not finite, or its gradient.
     """
-    total, losses = recipe.total_steps(model), []
+    total, losses = recipe.total_steps(model.config), []
     shares = [group["lr"] / recipe.lr for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for step in range(total):
@@ -146,7 +146,7 @@ def one_run(config: dict) -> dict:
     diverged = not losses.isfinite().all().item()
     if diverged:
         losses.fill_(math.log(data.VOCAB_SIZE))
-    trained = recipe.total_steps(model) * BATCH_SIZE
+    trained = recipe.total_steps(model.config) * BATCH_SIZE
     return {
         "n_params": model.config.n_params(),
         "tokens": trained * SEQ_LEN,
