@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import until
 
+from conftest import until
 from tinylm import runs
 from tinylm.runs import read_records, run_all
 

@@ -8,12 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from conftest import until
 from tinylm import runs
 from tinylm.runs import read_records, run_all, run_key
 
