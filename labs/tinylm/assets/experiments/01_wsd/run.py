@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 SEQ_LEN, BATCH_SIZE = 128, 8  # 1,024 tokens a step, whatever the length
 WARMUP, COOLDOWN = 50, 0.2  # steps of the trunk; share of a branch's length
 SHORTEST = 100  # steps of the shortest branch; the others double it
-LR = 0.36  # learning rate times width: the sweep's rule at this batch, divided by sqrt(2); the card has the trials
+LR = 0.36  # learning rate times width; the card has the trials
 TABLE_STD = 0.1  # the embedding's deviation at the start, as in the sweep
 SHAPES = {  # as in the sweep: dim, n_layers, n_heads, hidden_dim
     "w8": (8, 2, 1, 24),
