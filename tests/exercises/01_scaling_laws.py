@@ -539,7 +539,7 @@ def to_base_e(year, cost, target, doubling_months):
     return year + math.log(target / cost) * doubling_months / 12
 
 
-@wrong("year_reached", "growth is a power")
+@wrong("year_reached", "growth is exponential")
 def as_often_as_it_fits(year, cost, target, doubling_months):
     return year + target / cost * doubling_months / 12
 
