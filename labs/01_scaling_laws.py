@@ -1013,21 +1013,56 @@ def best_losses(runs: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(budgets), np.array(least)
 
 
-def forecast(runs: list[dict], held_out: list[dict]) -> dict[str, float]:
-    """The best loss of the held-out runs: measured, by the law, and by its rivals."""
+def forecast(runs: list[dict], later: list[dict]) -> dict[str, float]:
+    """The best loss of later runs, of one budget: measured, by the law, and by its rivals.
+
+    "law itself" is the law's loss; "law" the best loss of the largest budget among the
+    runs, less the "improvement" that the law sees from there. All in nats per token.
+    """
     law = fit_parametric(*columns(runs, "n_params", "tokens", "loss"))
-    n, d, loss = columns(held_out, "n_params", "tokens", "loss")
     budgets, least = best_losses(runs)
     largest = [r for r in runs if r["config"]["flops"] == budgets[-1]]
+    now, then = (
+        float(law.loss(*columns(some, "n_params", "tokens")).min())
+        for some in (largest, later)
+    )
+    (budget,), (measured,) = best_losses(later)
     k, p = power_law(budgets, least)
     return {
-        "measured": loss.min(),
-        "law": law.loss(n, d).min(),
-        "persistence": least[-1],
-        "power law": k * held_out[0]["config"]["flops"] ** p,
-        "law now": law.loss(*columns(largest, "n_params", "tokens")).min(),
+        "measured": float(measured),
+        "improvement": now - then,
+        "law": float(least[-1]) - (now - then),
+        "law itself": then,
+        "power law": float(k * budget**p),
+        "persistence": float(least[-1]),
     }
 
+
+def share(f: dict[str, float], rival: str) -> float:
+    """Error of a forecast in parts of the improvement that the law predicted."""
+    return abs(f[rival] - f["measured"]) / f["improvement"]
+
+
+# %% [markdown]
+# A law can be asked in two ways: for the loss itself, or for the *improvement* over the largest fitted budget, to be taken off the best loss that was measured there. The second way cancels what is off at the edge of the fit. Which is better can be tried with the fitted budgets alone: fit three and forecast the fourth, fit four and forecast the fifth.
+
+# %%
+for corpus in ("shakespeare", "synthetic"):
+    for k in (3, 4):
+        known = isoflop_runs(records, corpus, BUDGETS[:k])
+        f = forecast(known, isoflop_runs(records, corpus, BUDGETS[k : k + 1]))
+        itself, improved = share(f, "law itself"), share(f, "law")
+        print(
+            f"{corpus:11} {k} budgets forecast the next, off by {itself:.0%} of the "
+            f"improvement by the law itself, {improved:.0%} by its improvement"
+        )
+        report(
+            f"share_after_{k}_{corpus}", round(100 * improved), "% of it is the error"
+        )
+        assert improved < itself
+
+# %% [markdown]
+# The improvement is forecast more closely, four times out of four. So that is what we use. Now the sixth budget.
 
 # %%
 forecasts = {}
@@ -1036,20 +1071,18 @@ for name, runs, corpus in (
     ("synthetic", synthetic, "synthetic"),
 ):
     forecasts[name] = f = forecast(runs, isoflop_runs(records, corpus, (HELD_OUT,)))
-    f["improvement"] = f["law now"] - f["law"]
-    f["share"] = abs(f["law"] - f["measured"]) / f["improvement"]
     print(
         f"{name}: measured {f['measured']:.4f}, improvement predicted {f['improvement']:.4f}"
     )
-    for rival in ("law", "power law", "persistence"):
-        print(f"    {rival:12} {f[rival]:.4f}, off by {f[rival] - f['measured']:+.4f}")
-    report(
-        f"forecast_share_{name.lower()}",
-        round(100 * f["share"], 1),
-        "% of the predicted improvement is the error",
-    )
-    assert abs(f["law"] - f["measured"]) < abs(f["persistence"] - f["measured"])
-    assert abs(f["law"] - f["measured"]) < abs(f["power law"] - f["measured"])
+    for rival in ("law", "law itself", "power law", "persistence"):
+        off = f[rival] - f["measured"]
+        print(
+            f"    {rival:12} {f[rival]:.4f}, off by {off:+.4f}, {share(f, rival):.0%} of it"
+        )
+        key = f"forecast_{rival.replace(' ', '_')}_{name.lower()}"
+        report(key, round(100 * share(f, rival), 1), "% of the predicted improvement")
+    assert share(f, "law") < 0.25
+    assert share(f, "law") < min(share(f, "persistence"), share(f, "power law"))
 
 # %% tags=["plot"]
 figure, axes = plt.subplots(1, 2, figsize=(8.6, 4.2))
@@ -1081,7 +1114,15 @@ for axis, (name, runs, corpus) in zip(
     k, p = power_law(budgets, least)
     axis.plot(every, k * np.array(every) ** p, color=ORANGE, lw=1.2, ls=(0, (4, 3)))
     axis.plot(HELD_OUT, f["measured"], "D", color=VERMILION, ms=7, zorder=4)
-    label(axis, HELD_OUT, f["measured"], "opened last", VERMILION, xytext=(-70, -14))
+    axis.plot(
+        [BUDGETS[-1], HELD_OUT],
+        [least[-1], f["law"]],
+        "o--",
+        color=BLUE,
+        mfc="none",
+        ms=9,
+    )
+    label(axis, HELD_OUT, f["measured"], "in no fit", VERMILION, xytext=(-58, -14))
     label(axis, every[1], line[1], "fitted surface", BLUE, xytext=(14, 10))
     label(axis, every[3], k * every[3] ** p, "two constants", ORANGE, xytext=(-40, -26))
     axis.axvspan(BUDGETS[-1] * 1.4, HELD_OUT * 2, color=MUTED, alpha=0.12, lw=0)
@@ -1090,13 +1131,14 @@ axes[0].set_ylabel("best loss (nats per token)")
 show(
     figure,
     "fig_forecast",
-    "Two panels: best loss against operations. Five fitted budgets as points, the fitted "
-    "surface as a line that follows them and passes close to the held-out budget's loss, "
-    "and a power law without a floor that is further off.",
+    "Two panels: best loss against operations. Five fitted budgets as points and the fitted "
+    "surface as a line that follows them. From the fifth point the surface's improvement, "
+    "dashed, leads to a circle close to the held-out budget's loss; a power law without a "
+    "floor is further off.",
 )
 
 # %% [markdown]
-# The yardstick matters. Two percent of the loss would be met by saying "no change". So the error is measured in the *improvement* that was predicted.
+# The yardstick matters. Two percent of the loss would be met by saying "no change". So the error is measured in the *improvement* that was predicted. The law itself is off by much more than its improvement: at the edge of the fit our best runs are not where the surface has them. Its form is an assumption, and over two decades of such small models it does not quite hold.
 #
 # **The forecast that failed.** This was our second attempt. The first sweep had the recipe of a thousand steps (section 3), and its forecast was opened, too.
 
@@ -1105,17 +1147,15 @@ first = forecast(
     isoflop_runs(records, "shakespeare", BUDGETS, rate=0.18),
     isoflop_runs(records, "shakespeare", (HELD_OUT,), rate=0.18),
 )
-for rival in ("law", "power law", "persistence"):
+for rival in ("law", "law itself", "power law", "persistence"):
     off = first[rival] - first["measured"]
-    print(f"first sweep, {rival:12} {first[rival]:.4f}, off by {off:+.4f}")
-first_share = abs(first["law"] - first["measured"]) / (first["law now"] - first["law"])
-report("forecast_share_first", round(100 * first_share, 1), "% of the improvement")
-assert abs(first["law"] - first["measured"]) > abs(
-    first["power law"] - first["measured"]
-)
+    print(f"first sweep, {rival:12} off by {off:+.4f}, {share(first, rival):.0%}")
+report("forecast_law_first", round(100 * share(first, "law"), 1), "% of it")
+report("forecast_law_itself_first", round(100 * share(first, "law itself"), 1), "%")
+assert share(first, "law itself") > max(0.5, share(first, "power law"))
 
 # %% [markdown]
-# It missed by most of the improvement, and the power law beat it. The cause was sought at the budgets that were fitted. Here is what the new recipe gains there, and at the budget that was forecast.
+# We had asked the law itself then. It missed by most of the improvement, and the power law beat it. The cause was sought at the budgets that were fitted. Here is what the new recipe gains there, and at the budget that was forecast.
 
 # %%
 gains = {}
@@ -1141,7 +1181,7 @@ assert np.mean([gains[c] for c in BUDGETS]) > gains[HELD_OUT]
 # %% [markdown]
 # A thousand steps were too few. The law took that handicap for a property of the models. At the held-out budget batches had met their limit of 4,096 tokens, so these runs alone had many more steps, and most of the handicap fell away. A law extrapolates a recipe. Where the recipe changes its character on the way, the law cannot know.
 #
-# So the held-out budget of the second sweep was not opened blindly, as the first one's was: the recipe was changed because that forecast had failed. The evidence for the change, though, is all from fitted budgets.
+# So the sixth budget was not opened blindly the second time. The recipe was changed, and the two ways of asking told apart, because a forecast had failed. The evidence for either is from fitted budgets, and is printed above; a reader should still trust this success less than a first one.
 #
 # **How sure is the fit?** Draw as many runs from the runs, with replacement, fit again, and do it some hundred times: the *bootstrap* (Efron 1979). The spread of the fits says how much they depend on which runs happened to be made. Runs that differ in the seed only are drawn like all others.
 
@@ -1886,22 +1926,6 @@ show(
     "intervals are narrow within the range of budgets that was fitted and widen beyond "
     "it.",
 )
-
-# %% [markdown]
-# **Would earlier fits have forecast later budgets?** One held-out budget is one trial. More trials are had by pretending to know less: fit the three smallest budgets and forecast the fourth, fit four and forecast the fifth.
-
-# %%
-for name, corpus in (("Shakespeare", "shakespeare"), ("synthetic", "synthetic")):
-    for k in (3, 4):
-        later = isoflop_runs(records, corpus, BUDGETS[k : k + 1])
-        f = forecast(isoflop_runs(records, corpus, BUDGETS[:k]), later)
-        measured = best_losses(later)[1][0]
-        share = abs(f["law"] - measured) / (f["law now"] - f["law"])
-        print(
-            f"{name:12} {k} budgets forecast the next: {f['law']:.3f}, measured "
-            f"{measured:.3f}, off by {share:.0%} of the predicted improvement"
-        )
-        report(f"share_after_{k}_{corpus}", round(100 * share), "% of it is the error")
 
 # %% [markdown]
 # **And Huber's $\delta$?** It was taken from the paper. A hundred times larger, no run is beyond it, and the fit is one of squares. That moves the exponent, but not out of the interval: the runs matter more than this choice.

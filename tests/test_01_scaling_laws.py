@@ -500,7 +500,9 @@ def test_on_a_true_surface_the_law_forecasts_exactly_and_its_rivals_do_not(law):
     assert f["law"] == pytest.approx(f["measured"], rel=1e-6)
     assert f["measured"] == pytest.approx(law.loss(*law.optimal(HELD_OUT)), rel=1e-9)
     assert f["persistence"] == pytest.approx(law.loss(*law.optimal(BUDGETS[-1])), rel=1e-9)
-    assert f["law now"] == pytest.approx(f["persistence"], rel=1e-6)
+    assert f["law itself"] == pytest.approx(f["measured"], rel=1e-6)
+    assert f["improvement"] == pytest.approx(f["persistence"] - f["measured"], rel=1e-4)
+    assert lab.share(f, "law") < 1e-3 and lab.share(f, "persistence") == pytest.approx(1, rel=1e-3)
     assert f["measured"] < f["persistence"] and f["power law"] < f["measured"]  # without a floor: too low
 
 
