@@ -1166,7 +1166,7 @@ for budget in (*BUDGETS, HELD_OUT):
     of_size = {
         n: [columns([r for r in runs if r["n_params"] == n], "loss")[0].mean()
             for runs in (old, new)]
-        for n in sorted({r["n_params"] for r in new})
+        for n in {r["n_params"] for r in old} & {r["n_params"] for r in new}
     }  # fmt: skip
     gains[budget] = float(np.mean([a - b for a, b in of_size.values()]))
     steps = [np.median([r["steps"] for r in runs]) for runs in (old, new)]
