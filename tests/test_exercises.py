@@ -158,7 +158,7 @@ def hidden_lines(stem: str) -> set[str]:
     for _, check in EXERCISES[stem].values():
         for line in check.source.splitlines():
             region = line.startswith("### BEGIN HIDDEN") or (region and not line.startswith("### END HIDDEN"))
-            if region and len(line.strip()) > 8:
+            if region and len(line.strip()) > 8 and line.strip() != "assert math.isclose(":  # says nothing
                 lines.add(line.strip())
     return lines - {line.strip() for _, c in EXERCISES[stem].values() for line in visible(c).splitlines()}
 

@@ -636,7 +636,7 @@ def decay_of_a_tenth(model, base_dim, lr, weight_decay=0.1):
     return lab.mup_groups(model, base_dim, lr)
 
 
-@sly("mup_groups", "gains decay")
+@wrong("mup_groups", "gains do not decay")
 def gains_that_decay(model, base_dim, lr, weight_decay=0.1):
     tables, matrices, gains = lab.mup_groups(model, base_dim, lr, weight_decay)
     return [tables, matrices, {**gains, "weight_decay": weight_decay}]
