@@ -234,9 +234,9 @@ show(
     figure,
     "fig_count",
     "Shares of a forward pass's operations against width from 8 to 512 at 128 tokens of "
-    "context. At width 8 the matrices of the blocks take about a quarter, the output head "
-    "an eighth and attention's products over three fifths; at width 512 the matrices take over ninety "
-    "percent.",
+    "context. At width 8 the matrices of the blocks take a quarter, the output head an "
+    "eighth and attention's products over three fifths; at width 512 the matrices take "
+    "over ninety percent.",
 )
 
 # %% [markdown]
