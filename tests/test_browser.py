@@ -20,7 +20,7 @@ from bs4 import BeautifulSoup
 from playwright.sync_api import Browser
 
 from conftest import chromium
-from tinylm.figures import compute_optimal, rounding_grid
+from tinylm.figures import rounding_grid
 from tinylm.model import Config
 
 SIZES = {
@@ -253,7 +253,7 @@ def test_search_finds_a_word_and_only_where_it_stands(browser, sites, book, site
 
 def test_every_interactive_figure_has_a_test_of_its_own_here(book):
     placed = [re.findall(r'data-figure="(\w+)"', path.read_text(encoding="utf-8")) for path in book.rglob("*.html")]
-    assert {name for names in placed for name in names} == {"model_size", "rounding_grid", "compute_optimal"}
+    assert {name for names in placed for name in names} == {"model_size", "rounding_grid"}
 
 
 def counts(state: dict) -> dict[str, int]:
@@ -450,62 +450,4 @@ def test_the_figure_rounding_grid_answers_to_mouse_finger_and_keyboard(browser, 
         figure.get_by_role("button", name="As trained", exact=True).press("Enter")
         seen.append(shows(rounding_grid.PRESETS["As trained"], "one scale for all 1,536 weights"))
         assert len({s["snr_db"] for s in seen}) == len({s["rms_error"] for s in seen}) == len(seen), seen
-        assert load.heard == {}
-
-
-@pytest.mark.parametrize(("site", "size"), [("http", "wide"), ("http", "phone"), ("disk", "wide")])
-def test_the_figure_compute_optimal_answers_to_mouse_finger_and_keyboard(browser, sites, site, size):
-    def shows(state: dict, words: str) -> dict[str, str]:
-        """Wait until the text alternative says this, hold the numbers to Python's, return the numbers in words."""
-        figure.locator("[aria-live=polite]", has_text=words).wait_for()
-        expected = compute_optimal.numbers(compute_optimal.initial(**state))
-        outputs = {o.get_attribute("data-quantity"): o for o in figure.locator("output").all()}
-        found = {name: float(outputs[name].get_attribute("data-value")) for name in expected}
-        assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
-        return {name: outputs[name].inner_text() for name in expected}
-
-    with Load(browser, "book/01_scaling_laws.html", sites[site], size) as load:
-        page = load.page
-        figure = page.locator("[data-figure=compute_optimal]")
-        state = json.loads(figure.get_attribute("data-values"))["state"]
-        assert set(state["own"]) == {"our runs on Shakespeare", "our runs on the synthetic language"}
-        assert state == compute_optimal.initial(own=state["own"])
-        seen = [shows(state, "3.15\u00a0×\u00a010²³ operations are best spent on 24.5\u00a0billion parameters")]
-
-        budget = figure.get_by_label("Budget", exact=True)
-        for _ in range(300):
-            page.keyboard.press("Tab")
-            if budget.evaluate("slider => slider === document.activeElement"):
-                break
-        else:
-            pytest.fail("the Tab key does not reach the slider")
-        page.keyboard.press("ArrowRight")
-        state |= {"flops": 5e23}
-        seen.append(shows(state, "5\u00a0×\u00a010²³ operations"))
-
-        model = figure.get_by_label("Model size", exact=True)
-        model.scroll_into_view_if_needed()
-        box = model.bounding_box()
-        middle, right = box["y"] + box["height"] / 2, box["x"] + 0.98 * box["width"]
-        if size == "phone":
-            page.touchscreen.tap(right, middle)
-        else:
-            steps = model.evaluate("slider => slider.value / slider.max")
-            page.mouse.move(box["x"] + 8 + steps * (box["width"] - 16), middle)  # the knob
-            page.mouse.down()
-            page.mouse.move(right, middle, steps=5)
-            page.mouse.up()
-        best = compute_optimal.numbers(state)["best_params"]
-        seen.append(shows(state | {"params": 30 * best}, f"A model of {30 * best / 1e9:.3g}\u00a0billion parameters"))
-
-        law = "our runs on Shakespeare"
-        figure.get_by_label("Law", exact=True).select_option(label="Our runs on Shakespeare")
-        here = compute_optimal.numbers(compute_optimal.initial(**state | {"law": law, "params": None}))["best_params"]
-        other = state | {"law": law, "params": min(30 * here, max(here / 30, 30 * best))}  # what the picture can show
-        assert "beyond by a factor of" in figure.locator(".note").inner_text()
-        seen.append(shows(other, f"By the law of {law}, 5\u00a0×\u00a010²³ operations"))
-
-        figure.get_by_role("button", name="Chinchilla", exact=True).press("Enter")
-        seen.append(shows(state | compute_optimal.PRESETS["Chinchilla"], "5.88\u00a0×\u00a010²³ operations"))
-        assert len({s["best_params"] for s in seen}) == 4 and len({s["loss"] for s in seen}) == len(seen), seen
         assert load.heard == {}

@@ -96,8 +96,7 @@ def make(folder: Path, capsys) -> tuple[BeautifulSoup | None, str]:
 
 
 def words(element) -> str:
-    """Its text, with the apostrophes that the builder made typographic as they were written."""
-    return " ".join(element.get_text().replace("\u2019", "'").split())
+    return " ".join(element.get_text().split())
 
 
 def test_each_claim_stands_with_its_source_and_its_verdicts(build):

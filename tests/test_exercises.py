@@ -54,8 +54,6 @@ def visible(check) -> str:
 def shape(value):
     if isinstance(value, torch.Tensor):
         return tuple(value.shape), value.dtype
-    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
-        return [dict]  # such as parameter groups, of which there may be more or fewer
     return [shape(v) for v in value] if isinstance(value, tuple | list) else type(value)
 
 
@@ -68,10 +66,7 @@ def run_check(stem: str, name: str, function, hidden: bool) -> str | None:
     def recorder(*args, **kwargs):
         copies = [a.clone().detach() if isinstance(a, torch.Tensor) else a for a in args]
         out = function(*args, **kwargs)
-        try:
-            seen.append((shape(out), shape(reference(*copies, **kwargs))))
-        except ValueError:  # what the lab's function refuses has no shape; the check sees that this one did not
-            pass
+        seen.append((shape(out), shape(reference(*copies, **kwargs))))
         return out
 
     torch.manual_seed(0)
@@ -139,9 +134,6 @@ def test_an_exercise_says_what_goes_in_and_out(stem, name):
 # What students get
 
 
-OPENING = "assert math.isclose("  # the first line of a long assertion: it gives nothing away
-
-
 def secrets(stem: str) -> set[str]:
     """Lines of solutions and hidden tests that stand nowhere else in the lab."""
     inside, outside, region = set(), set(), None
@@ -153,7 +145,7 @@ def secrets(stem: str) -> set[str]:
                 region = None
             else:
                 (outside if region is None else inside).add(line)
-    return {line for line in inside - outside if len(line) > 8 and line != OPENING}
+    return {line for line in inside - outside if len(line) > 8}
 
 
 def hidden_lines(stem: str) -> set[str]:
@@ -161,7 +153,7 @@ def hidden_lines(stem: str) -> set[str]:
     for _, check in EXERCISES[stem].values():
         for line in check.source.splitlines():
             region = line.startswith("### BEGIN HIDDEN") or (region and not line.startswith("### END HIDDEN"))
-            if region and len(line.strip()) > 8 and line.strip() != OPENING:
+            if region and len(line.strip()) > 8:
                 lines.add(line.strip())
     return lines - {line.strip() for _, c in EXERCISES[stem].values() for line in visible(c).splitlines()}
 

@@ -219,17 +219,6 @@ def test_when_runs_fail_the_others_are_done(tmp_path, jobs):
     assert seeds(tmp_path) == {0, 3, 4}
 
 
-def test_a_finished_run_is_recorded_while_others_are_at_work(tmp_path):
-    """Short runs too, which joblib would do in batches: one killed with its batch would be lost though it was finished."""
-    files = [tmp_path / "records" / f"{run_key({'seed': s})}.json" for s in range(40)]
-
-    def function(config):
-        until(lambda: config["seed"] < 2 or files[config["seed"] - 2].exists(), seconds=60)
-        return {"tokens": 1, "flops": 1, "loss": 1.0}
-
-    assert len(run_all([{"seed": s} for s in range(40)], function, tmp_path, progress=False, jobs=2)) == 40
-
-
 def test_a_record_is_of_the_code_at_the_start(tmp_path, monkeypatch):
     commits = iter(["at the start", "of a commit made meanwhile"])
     monkeypatch.setattr(runs, "_commit", functools.cache(lambda: next(commits)))

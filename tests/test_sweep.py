@@ -141,7 +141,6 @@ REFUSED = [
     (without(betas=0.9), "betas must be a list of two"),
     (without(tie_embeddings="yes"), "tie_embeddings must be true or false, got 'yes'"),
     (without(rope_theta=-1), "rope_theta must be a number, positive"),
-    (without(table_std=0), "table_std must be a number, positive"),
     # rules
     (without(lr_rule=0.1, lr=0.1), "lr_rule gives lr.*leave out lr"),
     (without("batch_size", lr_rule=0.1), "say batch_size"),
@@ -265,24 +264,6 @@ def test_a_run_spends_what_was_planned_and_comes_out_the_same_again(run):
     assert 0 < result["loss"] < 1.2 * math.log(vocab) and 0 < result["standard_error"] < 0.1
     assert one_run(run) == result
     assert one_run({**run, "seed": 7})["curve"] != result["curve"]
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_embedding_starts_as_wide_as_it_is_told(monkeypatch, tied):
-    started, train = [], sweep.train
-
-    def note(model, *arguments, **more):
-        started.append({name: p.detach().clone() for name, p in model.named_parameters()})
-        return train(model, *arguments, **more)
-
-    monkeypatch.setattr(sweep, "train", note)
-    run = without(dim=256, tie_embeddings=tied)  # 4 x 256 numbers
-    one_run(run)
-    one_run({**run, "table_std": 0.3})
-    usual, wide = started
-    assert usual["embed.weight"].std() == pytest.approx(0.02, rel=0.1)
-    assert wide["embed.weight"].std() == pytest.approx(0.3, rel=0.1)
-    assert all(torch.equal(usual[name], wide[name]) for name in usual.keys() - {"embed.weight"}), "the rest as ever"
 
 
 def test_all_runs_on_a_corpus_are_judged_alike():

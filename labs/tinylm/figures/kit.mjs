@@ -4,11 +4,6 @@
 const SVG = new Set(["svg", "g", "line", "circle", "path", "rect", "text"]);
 let fields = 0;
 
-export const comma = (n) => n.toLocaleString("en");
-
-/** Whether a state is as a start has it. */
-export const same = (start, state) => Object.keys(start).every((key) => start[key] === state[key]);
-
 /** A new HTML or SVG element. Attributes that are null or false are left out. */
 export function element(tag, attributes = {}, ...children) {
   const node = SVG.has(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
@@ -70,59 +65,13 @@ export function wholeNumber(label, onChange) {
   return { el, show };
 }
 
-/** Buttons that start the figure from one of `starts`, which have a name and a state. */
-export function startButtons(starts, onChoose) {
-  const buttons = starts.map(({ name, state }) => {
-    const button = element("button", { type: "button" }, name);
-    button.addEventListener("click", () => onChoose(state));
-    return button;
-  });
-  const show = (state) => buttons.forEach((button, i) => button.setAttribute("aria-pressed", same(starts[i].state, state)));
-  return { el: element("div", { class: "presets", role: "group", "aria-label": "Start from" }, ...buttons), show };
-}
-
-/** A list of numbers: rows of key, label, format(value, all). `show(q)` writes them, and a dash for what is null. */
-export function numberList(rows) {
-  const outputs = rows.map(([key, label, format]) => {
-    const place = element("output", { "data-quantity": key, "aria-live": "off" }); // the words speak, once
-    return { key, format, place, el: element("div", {}, element("dt", {}, label), element("dd", {}, place)) };
-  });
-  const show = (q) => {
-    for (const { key, format, place } of outputs) {
-      const value = q?.[key] ?? null;
-      place.textContent = value === null ? "–" : format(value, q);
-      if (value === null) delete place.dataset.value;
-      else place.dataset.value = value;
-    }
-  };
-  return { el: element("dl", { class: "numbers" }, ...outputs.map((output) => output.el)), show };
-}
-
-/** The text alternative. `show(text)` writes it at once at first, and then when the reader rests. */
-export function words() {
-  const el = element("p", { class: "words", "aria-live": "polite" });
-  const say = atRest((text) => (el.textContent = text));
-  return { el, show: (text) => (el.textContent ? say(text) : (el.textContent = text)), cancel: say.cancel };
-}
-
-/** Calls `moved` with a state that the other side has set, `current` being the figure's own; returns what ends that. */
-export function follow(model, current, moved) {
-  const heard = () => model.get("state") !== current() && moved(model.get("state"));
-  model.on("change:state", heard);
-  return () => model.off("change:state", heard);
-}
-
-/** 3.15 × 10²³: three significant digits, and no factor of 1. */
-export function power(value) {
-  const [digits, exponent] = value.toExponential(2).split("e");
-  const raised = [...String(Number(exponent))].map((sign) => (sign === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[sign])).join("");
-  return `${Number(digits) === 1 ? "" : `${Number(digits)}\u00a0×\u00a0`}10${raised}`;
-}
-
 /** A number to three significant digits: 6.74 billion; 3.14 × 10²³. */
 export function inWords(n) {
   const value = Number(n);
-  if (value >= 1e15) return power(value);
+  if (value >= 1e15) {
+    const [digits, power] = value.toExponential(2).split("e+");
+    return `${digits} × 10${[...power].map((digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]).join("")}`;
+  }
   return scaled(value, ["", "\u00a0thousand", "\u00a0million", "\u00a0billion", "\u00a0trillion"]);
 }
 

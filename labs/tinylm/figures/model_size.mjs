@@ -1,8 +1,6 @@
 // What a model's shape costs: parameters, operations, KV cache and memory, beside GPT-3 and LLaMA.
 // model_size.py has the same numbers from tinylm, and the shapes to compare with.
-import {
-  choice, comma, element, follow, frame, inBytes, inWords, numberList, percent, slider, startButtons, wholeNumber, words,
-} from "./kit.mjs";
+import { atRest, choice, element, frame, inBytes, inWords, percent, slider, wholeNumber } from "./kit.mjs";
 
 // The sliders' steps.
 const WIDTHS = [
@@ -30,8 +28,10 @@ const PARTS = [
   { key: "mlp", name: "MLP", inText: "in the MLP", color: "var(--green)" },
 ];
 
+const comma = (n) => n.toLocaleString("en");
 const plural = (n, noun) => `${comma(n)} ${noun}${n === 1 ? "" : "s"}`;
 const divisors = (n) => Array.from({ length: n }, (_, i) => n - i).filter((d) => n % d === 0);
+const same = (a, b) => Object.keys(a).every((key) => a[key] === b[key]);
 const ratio = (a, b) => Number(a) / Number(b);
 
 /** Channels inside the MLP: as chosen, else those that tinylm's Config (and GPT-3) takes for the width. */
@@ -187,8 +187,15 @@ function render({ model, el }) {
   const vocabulary = wholeNumber("Vocabulary", to("vocab_size"));
   const output = choice("Output matrix", to("tie_embeddings"));
 
-  const starts = startButtons(data.shapes, change);
-  const numbers = numberList(SHOWN);
+  const presets = data.shapes.map(({ name, state }) => {
+    const button = element("button", { type: "button" }, name);
+    button.addEventListener("click", () => change(state));
+    return { button, state };
+  });
+  const numbers = SHOWN.map(([key, label, format]) => {
+    const place = element("output", { "data-quantity": key, "aria-live": "off" }); // the words below speak, once
+    return { key, format, place, el: element("div", {}, element("dt", {}, label), element("dd", {}, place)) };
+  });
   const parts = PARTS.map(({ key, name, color }) => {
     const share = element("span");
     const style = `--part: ${color}`;
@@ -197,11 +204,12 @@ function render({ model, el }) {
   const rows = data.shapes.map(({ name, state }, i) => rulerRow(counts(state), name, i + 1, "known"));
   const chosen = element("g");
   const message = element("p", { class: "message" }); // near the controls; a screen reader hears it from the words
-  const told = words();
+  const words = element("p", { class: "words", "aria-live": "polite" });
+  const say = atRest((text) => (words.textContent = text));
 
   function show() {
     const s = draft, wrong = problem(s), q = wrong ? null : counts(s);
-    starts.show(s);
+    for (const { button, state } of presets) button.setAttribute("aria-pressed", same(state, s));
     for (const [name, control] of Object.entries(sliders)) control.show(s[name]);
     hidden.show(hiddenWidth(s));
     vocabulary.show(s.vocab_size);
@@ -213,13 +221,18 @@ function render({ model, el }) {
 
     el.classList.toggle("impossible", wrong !== null);
     message.textContent = wrong ?? "";
-    numbers.show(q);
+    for (const { key, format, place } of numbers) {
+      place.textContent = wrong ? "–" : format(q[key]);
+      if (wrong) delete place.dataset.value;
+      else place.dataset.value = q[key];
+    }
     for (const { key, share, bar } of parts) {
       bar.style.width = wrong ? 0 : `${100 * ratio(q[key], q.parameters)}%`;
       share.textContent = wrong ? "–" : percent(ratio(q[key], q.parameters));
     }
     chosen.replaceChildren(...(wrong ? [] : [rulerRow(q, "this shape", 0, "chosen")]));
-    told.show(wrong ?? describe(s, q, data));
+    const text = wrong ?? describe(s, q, data);
+    words.textContent ? say(text) : (words.textContent = text);
   }
 
   const title = (text) => element("div", { class: "title" }, text);
@@ -228,7 +241,7 @@ function render({ model, el }) {
   const more = [block, hidden, vocabulary, output].map((control) => control.el);
   frame(
     el,
-    starts.el,
+    element("div", { class: "presets", role: "group", "aria-label": "Start from" }, ...presets.map(({ button }) => button)),
     element("div", { class: "fields" }, dim.el, n_layers.el, n_heads.el, shared.el, context.el, tokens.el),
     element("details", {}, element("summary", {}, "More of the shape"), element("div", { class: "fields" }, ...more)),
     element(
@@ -245,17 +258,19 @@ function render({ model, el }) {
       title("Memory: weights at 4.5, 8, 16, 32 bits (dots), KV cache (diamond)"),
       element("svg", { width: "100%", height }, rulerGround(rows.length + 1, data.laptop), ...rows, chosen),
     ),
-    numbers.el,
-    told.el,
+    element("dl", { class: "numbers" }, ...numbers.map((number) => number.el)),
+    words,
   );
   show();
-  const leave = follow(model, () => draft, (other) => {
-    draft = other;
+  const moved = () => {
+    if (draft === model.get("state")) return;
+    draft = model.get("state");
     show();
-  });
+  };
+  model.on("change:state", moved);
   return () => {
-    leave();
-    told.cancel();
+    model.off("change:state", moved);
+    say.cancel();
   };
 }
 

@@ -1,6 +1,6 @@
 // Real weights under the grid of a format, and what one outlier does to the grid of its group.
 // rounding_grid.py has the same numbers in NumPy, the weights, the codebooks and the choices.
-import { choice, comma, element, follow, frame, numberList, percent, slider, startButtons, words } from "./kit.mjs";
+import { atRest, choice, element, frame, percent, slider } from "./kit.mjs";
 
 const BITS = [2, 3, 4, 5, 6, 7, 8];
 const BYTES = { absmax: 2, affine: 3, nf4: 4, fp4: 2 }; // stored beside a group's codes: its scale, its zero point
@@ -18,6 +18,8 @@ const SHOWN = [
   ["zeros", "Weights that become\u00a00", percent],
 ];
 
+const comma = (n) => n.toLocaleString("en");
+const same = (a, b) => Object.keys(a).every((key) => a[key] === b[key]);
 const float = Math.fround;
 
 /** The nearest integer; halfway between two, the even one. */
@@ -210,28 +212,42 @@ function render({ model, el }) {
   const bits = slider("Bits of a code", BITS, (n) => (state.format in data.codebooks ? `${n}, fixed` : String(n)), to("bits"));
   const group = slider("Group size", data.group_sizes, sizes, to("group_size"));
   const outlier = slider("Marked weight", places, (n) => (n ? sigmas(n) : "as trained"), to("outlier"));
-  const starts = startButtons(data.presets, change);
-  const shown = numberList(SHOWN);
+  const presets = data.presets.map(({ name, state }) => {
+    const button = element("button", { type: "button" }, name);
+    button.addEventListener("click", () => change(state));
+    return { button, state };
+  });
+  const outputs = SHOWN.map(([key, label, format]) => {
+    const place = element("output", { "data-quantity": key, "aria-live": "off" }); // the words below speak, once
+    return { key, format, place, el: element("div", {}, element("dt", {}, label), element("dd", {}, place)) };
+  });
   const drawn = element("g");
-  const told = words();
+  const words = element("p", { class: "words", "aria-live": "polite" });
+  const say = atRest((text) => (words.textContent = text));
 
   function show() {
     const result = rounding(state, data), q = measure(state, data, result);
-    starts.show(state);
+    for (const preset of presets) preset.button.setAttribute("aria-pressed", same(preset.state, state));
     format.show(state.format, data.formats);
     bits.show(state.bits);
     bits.el.querySelector("input").disabled = state.format in data.codebooks;
     group.show(state.group_size);
     outlier.show(state.outlier);
-    shown.show(q);
+    for (const { key, format, place } of outputs) {
+      const nothing = q[key] === null;
+      place.textContent = nothing ? "–" : format(q[key], q);
+      if (nothing) delete place.dataset.value;
+      else place.dataset.value = q[key];
+    }
     drawn.replaceChildren(...picture(state, data, result));
-    told.show(describe(state, q, data, result));
+    const text = describe(state, q, data, result);
+    words.textContent ? say(text) : (words.textContent = text);
   }
 
   const key = (color, text) => element("span", { style: `--part: ${color}` }, text);
   frame(
     el,
-    starts.el,
+    element("div", { class: "presets", role: "group", "aria-label": "Start from" }, ...presets.map(({ button }) => button)),
     element("div", { class: "fields pairs" }, format.el, bits.el, group.el, outlier.el),
     element(
       "div",
@@ -246,17 +262,19 @@ function render({ model, el }) {
         key("var(--blue)", "levels of other groups"),
       ),
     ),
-    shown.el,
-    told.el,
+    element("dl", { class: "numbers" }, ...outputs.map((output) => output.el)),
+    words,
   );
   show();
-  const leave = follow(model, () => state, (other) => {
-    state = other;
+  const moved = () => {
+    if (state === model.get("state")) return;
+    state = model.get("state");
     show();
-  });
+  };
+  model.on("change:state", moved);
   return () => {
-    leave();
-    told.cancel();
+    model.off("change:state", moved);
+    say.cancel();
   };
 }
 
